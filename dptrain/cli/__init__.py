@@ -1,0 +1,5 @@
+"""The command `dptrain`."""
+
+from dptrain.cli.dispatch import main
+
+__all__ = ["main"]

@@ -1,0 +1,71 @@
+"""From the command line to one command, and from its errors to one sentence."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+COMMANDS = {
+    "train": "Train a model with differential privacy.",
+    "evaluate": "Score the model of a finished run.",
+    "privacy": "Answer epsilon, noise multiplier or steps from the others.",
+}
+"""Each is a module of this package with a function `run(arguments) -> exit code`."""
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns 0, 2 for bad input (one sentence on stderr), 130 after Ctrl-C."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        _print_help()
+        return 0 if given else BAD_INPUT
+    name, *rest = given
+    if name == "--version":
+        from dptrain import __version__
+
+        print(f"dptrain {__version__}")
+        return 0
+    errors = Console(stderr=True, soft_wrap=True)
+    if name not in COMMANDS:
+        errors.print(
+            f"[bold red]error:[/] there is no command {name!r}; choose from {', '.join(COMMANDS)}."
+        )
+        return BAD_INPUT
+    # A model may be named by an import path from here, which an installed script does not search.
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    # Imported late: the commands need PyTorch, which takes seconds to load.
+    command = importlib.import_module(f"dptrain.cli.{name}")
+    try:
+        return command.run(rest)
+    except KeyboardInterrupt:
+        errors.print(
+            "Interrupted; no step was taken and nothing was spent."
+            if name == "train"
+            else "Interrupted."
+        )
+        return INTERRUPTED
+    except command.BAD_INPUT_ERRORS as error:
+        errors.print("[bold red]error:[/]", _sentence(error), highlight=False, markup=True)
+        return BAD_INPUT
+
+
+def _sentence(error: Exception) -> str:
+    from rich.markup import escape
+
+    return escape(" ".join(str(error).split()))
+
+
+def _print_help() -> None:
+    print(
+        "usage: dptrain COMMAND [OPTIONS]\n\nDifferentially private deep learning at non-private "
+        "speed.\n"
+    )
+    for name, summary in COMMANDS.items():
+        print(f"  {name:<10} {summary}")
+    print("\n`dptrain COMMAND --help` lists the options of a command.")

@@ -1,0 +1,202 @@
+"""A run on the terminal: what it will do, how far it is, what it guarantees."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from dptrain.torch.physical_batch import Trial
+from dptrain.training import Outcome, Run, RunFolder, Score, TrainConfig
+from dptrain.training.loop import Step, Unprotected
+from dptrain.training.run_folder import CONFIG
+
+UNPROTECTED = "UNPROTECTED (not covered by epsilon)"
+
+
+class RunDisplay:
+    """A listener that shows a run. Use it as a context manager."""
+
+    def __init__(self, console: Console, config: TrainConfig) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._status = console.status(
+            escape(f"Loading {config.data} and {config.model}, calibrating the noise ...")
+        )
+        self._task: TaskID | None = None
+        self._accuracy = ""
+
+    def __enter__(self) -> RunDisplay:
+        self._status.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._status.stop()
+        self._progress.stop()
+
+    def prepared(self, run: Run, folder: RunFolder) -> None:
+        self._status.stop()
+        show_plan(self._console, run, folder)
+        self._status.update("Planning and measuring the clipping of this model ...")
+        self._status.start()
+        self._steps = run.mechanism.steps
+        self._held_out_name = run.held_out_name
+
+    def chose_physical_batch_size(self, size: int, trials: list[Trial]) -> None:
+        self._status.stop()
+        if trials:
+            seen = ", ".join(f"{trial.size}: {trial.examples_per_s:,.0f}/s" for trial in trials)
+            self._console.print(
+                f"Physical batch size {size} (measured on stand-in data: {seen}).", highlight=False
+            )
+        self._console.print(
+            "Speed below is steps/s times the public expected batch size.", style="dim"
+        )
+        self._task = self._progress.add_task("training", total=self._steps, state="")
+        self._progress.start()
+
+    def stepped(self, step: Step, epsilon: float, examples_per_s: float) -> None:
+        assert self._task is not None
+        state = f"{_epsilon(epsilon)}  {examples_per_s:,.0f}/s{self._accuracy}"
+        self._progress.update(self._task, completed=step.number, state=state)
+        if step.unprotected is not None:
+            self._progress.console.print(
+                _unprotected(step.number, step.unprotected), highlight=False
+            )
+
+    def evaluated(self, step: int, score: Score, epsilon: float) -> None:
+        self._accuracy = f"  {self._held_out_name} {score.accuracy:.1%}"
+
+
+def show_plan(console: Console, run: Run, folder: RunFolder) -> None:
+    """Everything that the run is about to do."""
+    config, mechanism = run.config, run.mechanism
+    table = _table("What this run does")
+    table.add_row(
+        "data",
+        escape(
+            f"{run.train.name}: {len(run.train):,} examples {list(run.train.input_shape)}, "
+            f"{run.train.num_classes} classes"
+        ),
+    )
+    table.add_row("model", escape(f"{config.model}, training {run.trainable}"))
+    if run.weights is not None:
+        table.add_row("weights", escape(f"{config.weights}: {run.weights}"))
+    table.add_row("optimizer", f"{config.optimizer}, lr {config.lr:g} {config.lr_schedule}")
+    table.add_row(
+        "batches",
+        f"Poisson, {mechanism.expected_batch_size:g} expected (q = {mechanism.sample_rate:.4g}), "
+        f"{mechanism.steps:,} steps",
+    )
+    if run.is_private:
+        table.add_row("clipping", f"{run.method}, to an L2 norm of {mechanism.clip_norm:g}")
+        table.add_row("noise", f"{mechanism.noise_multiplier:.4g} x clip norm")
+    else:
+        table.add_row(
+            "privacy", "[bold red]NONE[/]: non-private method, no clipping, no noise, epsilon = inf"
+        )
+    table.add_row(
+        "randomness",
+        "reproducible: whoever knows the seed can remove the noise"
+        if run.key.reproducible
+        else "operating system",
+    )
+    table.add_row(
+        "device", f"{run.device}, {config.precision}{', compiled' if config.compile else ''}"
+    )
+    table.add_row("run folder", escape(str(folder.path)))
+    console.print(table)
+    if run.is_private and mechanism.delta is not None and mechanism.delta * len(run.train) >= 1:
+        console.print(
+            f"[bold yellow]note:[/] delta = {mechanism.delta:g} is not below 1/N = "
+            f"{1 / len(run.train):.2g}; choose a smaller --delta."
+        )
+    if config.show_unprotected:
+        console.print(
+            f"[bold yellow]note:[/] values marked {UNPROTECTED} reveal private data; keep them to "
+            "yourself."
+        )
+
+
+def show_outcome(console: Console, outcome: Outcome) -> None:
+    """The closing table: the result, and every quantity of the guarantee."""
+    run, score = outcome.run, outcome.score
+    title = "Interrupted: spent so far" if outcome.interrupted else "Result"
+    table = _table(title)
+    table.add_row(
+        f"{run.held_out_name} accuracy",
+        f"[bold]{score.accuracy:.2%}[/] of {score.examples:,} examples",
+    )
+    table.add_row(f"{run.held_out_name} loss", f"{score.loss:.4f}")
+    table.add_row("training time", f"{outcome.training_s:.1f} s")
+    table.add_row("method", run.method)
+    if run.is_private:
+        table.add_section()
+        table.add_row(
+            "epsilon spent", f"[bold]{outcome.epsilon:.4g}[/] after {outcome.steps:,} steps"
+        )
+        for name, value in run.mechanism.describe(run.config.accountant).items():
+            if name == "epsilon":
+                name = "epsilon of the whole run"
+            table.add_row(name, value)
+        table.add_row(
+            "randomness",
+            "from --seed: reproducible" if run.key.reproducible else "operating system",
+        )
+        table.add_row(
+            "covered by epsilon", "the saved weights and every value shown without a mark"
+        )
+    else:
+        table.add_row("privacy", "[bold red]none: epsilon = inf[/]")
+    table.add_section()
+    table.add_row("run folder", escape(str(outcome.folder.path)))
+    table.add_row("repeat with", escape(f"dptrain train --config {outcome.folder.path / CONFIG}"))
+    console.print(table)
+
+
+def _table(title: str) -> Table:
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        show_header=False,
+        box=None,
+        pad_edge=False,
+    )
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _epsilon(epsilon: float) -> str:
+    return f"epsilon {epsilon:.3f}" if epsilon < float("inf") else "epsilon inf"
+
+
+def _unprotected(number: int, values: Unprotected) -> str:
+    return (
+        f"[red]{UNPROTECTED}[/] step {number}: loss {values.mean_loss:.4f}, median norm "
+        f"{values.median_norm:.4g}, "
+        f"{values.clipped_share:.0%} clipped, batch {values.batch_size}"
+    )

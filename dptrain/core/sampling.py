@@ -1,0 +1,151 @@
+"""From the sampler's description to logical batches, and on to fixed-shape pieces.
+
+A *logical batch* is what the mechanism samples: a private set of indices of random
+size. A *physical batch* is what the device computes at once: a fixed number of rows and
+a mask that says which of them are real.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from dptrain.core import checks
+from dptrain.core.entropy import Key
+from dptrain.core.spec import Sampling
+
+Indices = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class PhysicalBatch:
+    """A fixed number of rows, some of them padding.
+
+    Attributes:
+        indices: int64 [P]; padding repeats index 0, which always exists.
+        mask: bool [P]; False marks padding, which must contribute exactly zero.
+    """
+
+    indices: Indices
+    mask: Mask
+
+
+@dataclass(frozen=True)
+class LogicalSampler:
+    """Draws the logical batch of each step of a run.
+
+    The batch is a function of (key, step) alone, so a resumed run goes on as if it had
+    never stopped. The realised batches, and their sizes, are private.
+
+    Attributes:
+        dataset_size: N, in examples, at least 1.
+        sampling: how batches are drawn.
+        key: the secret that they are drawn from; used for nothing else.
+
+    Raises:
+        ValueError: N differs from the one that the sampling is accounted for.
+    """
+
+    dataset_size: int
+    sampling: Sampling
+    key: Key
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dataset_size", checks.whole("dataset_size", self.dataset_size))
+        accounted = self.sampling.dataset_size
+        if accounted is not None and accounted != self.dataset_size:
+            raise ValueError(
+                f"the data set has {self.dataset_size} examples, but the mechanism is accounted "
+                f"for {accounted}; make the mechanism for this data set."
+            )
+
+    def sample(self, step: int) -> Indices:
+        """The indices of the logical batch of `step`, sorted; possibly none.
+
+        Returns:
+            int64 [n], distinct, in [0, N).
+        """
+        step = checks.whole("step", step, minimum=0)
+        n, sampling = self.dataset_size, self.sampling
+        rng = self.key.child("step", step).numpy_generator()
+        match sampling.sampler:
+            case "poisson":
+                return poisson_sample(rng, n, sampling.sample_rate)
+            case "truncated-poisson":
+                drawn = poisson_sample(rng, n, sampling.sample_rate)
+                assert sampling.max_batch_size is not None
+                if len(drawn) <= sampling.max_batch_size:
+                    return drawn
+                return drawn[uniform_subset(rng, len(drawn), sampling.max_batch_size)]
+            case "fixed-size":
+                return uniform_subset(rng, n, sampling.batch_size)
+            case "shuffle-without-amplification":
+                epoch, part = divmod(step, sampling.steps_per_epoch)
+                order = self.key.child("epoch", epoch).numpy_generator().permutation(n)
+                return np.sort(np.array_split(order, sampling.steps_per_epoch)[part])
+            case other:
+                raise ValueError(f"sampler {other!r} cannot be drawn from.")
+
+
+def poisson_sample(rng: np.random.Generator, dataset_size: int, sample_rate: float) -> Indices:
+    """Each of N examples independently with probability q, in O(qN) memory.
+
+    A Poisson sample's size is Binomial(N, q), and given its size it is a uniform subset.
+
+    Returns:
+        int64 [n], distinct, sorted.
+    """
+    size = int(rng.binomial(dataset_size, sample_rate))
+    return uniform_subset(rng, dataset_size, size)
+
+
+def uniform_subset(rng: np.random.Generator, population: int, size: int) -> Indices:
+    """A uniformly random subset of [0, `population`), in O(`size`) memory.
+
+    Draws integers until `size` distinct ones have been seen: no order or value is
+    preferred, so every subset is equally likely, and while at most half are wanted,
+    fewer than 1.4 draws each are expected. Of more than half, the complement is drawn.
+
+    Returns:
+        int64 [size], distinct, sorted.
+
+    Raises:
+        ValueError: a subset larger than the population.
+    """
+    if not 0 <= size <= population:
+        raise ValueError(f"a subset of {size} out of {population} does not exist.")
+    if size > population // 2:
+        kept = np.ones(population, dtype=np.bool_)
+        kept[uniform_subset(rng, population, population - size)] = False
+        return np.flatnonzero(kept).astype(np.int64, copy=False)
+    seen = np.empty(0, dtype=np.int64)
+    # Never drawing more than are missing keeps the stopping rule exact: nothing that
+    # was drawn is ever thrown away for being surplus.
+    while missing := size - len(seen):
+        drawn = rng.integers(population, size=missing, dtype=np.int64)
+        seen = np.unique(np.concatenate((seen, drawn)))
+    return seen
+
+
+def physical_batches(indices: Indices, physical_batch_size: int) -> Iterator[PhysicalBatch]:
+    """Cut a logical batch into physical batches of one shape.
+
+    Their number is ⌈n / P⌉, and one for an empty logical batch: it holds only padding,
+    for a step without examples still adds noise.
+
+    Args:
+        indices: int64 [n].
+        physical_batch_size: P, at least 1.
+
+    Yields:
+        Batches of P rows; only the last is padded.
+    """
+    rows = checks.whole("physical_batch_size", physical_batch_size)
+    indices = np.asarray(indices, dtype=np.int64)
+    for start in range(0, max(len(indices), 1), rows):
+        part = indices[start : start + rows]
+        padded = np.zeros(rows, dtype=np.int64)
+        padded[: len(part)] = part
+        yield PhysicalBatch(padded, np.arange(rows) < len(part))

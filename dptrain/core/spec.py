@@ -1,0 +1,223 @@
+"""One step of the mechanism as data: how examples are sampled, clipped and noised."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from dptrain.core import checks, clip_rules
+from dptrain.core.clip_rules import ClipRule, Flat
+
+POISSON = "poisson"
+TRUNCATED_POISSON = "truncated-poisson"
+FIXED_SIZE = "fixed-size"
+SHUFFLE = "shuffle-without-amplification"
+
+SAMPLERS = (POISSON, TRUNCATED_POISSON, FIXED_SIZE, SHUFFLE)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the logical batch of a step is drawn from the data set.
+
+    Attributes:
+        sampler: ``poisson``: each example independently with probability q.
+            ``truncated-poisson``: the same, and a uniform subset of `max_batch_size`
+            examples where more were drawn. ``fixed-size``: a uniform subset of exactly
+            q·N examples. ``shuffle-without-amplification``: the data set is shuffled
+            once an epoch and cut into 1/q batches; no privacy is gained by it.
+        sample_rate: q, the probability that an example is drawn, in (0, 1].
+        dataset_size: N, which counts as public. The samplers that need it are
+            ``truncated-poisson`` and ``fixed-size``; None for the others.
+        max_batch_size: where ``truncated-poisson`` truncates; None for the others.
+
+    Raises:
+        ValueError: an unknown sampler, q outside (0, 1], a quantity that the sampler
+            needs and lacks or does not use, q·N or 1/q not whole where it must be.
+    """
+
+    sampler: str
+    sample_rate: float
+    dataset_size: int | None = None
+    max_batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.sampler == "shuffle":
+            raise ValueError(
+                "shuffling gives no privacy amplification that can be accounted; use sampler "
+                f"'{POISSON}', or ask for '{SHUFFLE}' by its full name and pay for it."
+            )
+        checks.one_of("sampler", self.sampler, SAMPLERS)
+        object.__setattr__(self, "sample_rate", checks.probability("sample_rate", self.sample_rate))
+        self._check_size("dataset_size", (TRUNCATED_POISSON, FIXED_SIZE))
+        self._check_size("max_batch_size", (TRUNCATED_POISSON,))
+        if self.sampler == FIXED_SIZE:
+            _ = self.batch_size
+        if self.sampler == SHUFFLE:
+            _ = self.steps_per_epoch
+
+    def _check_size(self, name: str, users: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if self.sampler in users:
+            if value is None:
+                raise ValueError(f"sampler '{self.sampler}' needs {name}; give it.")
+            object.__setattr__(self, name, checks.whole(name, value))
+        elif value is not None:
+            raise ValueError(
+                f"sampler '{self.sampler}' does not use {name}, but it is {value!r}; leave it out."
+            )
+
+    @property
+    def batch_size(self) -> int:
+        """q·N, the size of every batch of the ``fixed-size`` sampler, in examples."""
+        if self.sampler != FIXED_SIZE or self.dataset_size is None:
+            raise ValueError(f"sampler '{self.sampler}' has no fixed batch size.")
+        return _nearest_whole(
+            self.sample_rate * self.dataset_size, "sample_rate times dataset_size"
+        )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """1/q, the number of batches that a shuffled epoch is cut into."""
+        if self.sampler != SHUFFLE:
+            raise ValueError(f"sampler '{self.sampler}' has no epochs.")
+        return _nearest_whole(1 / self.sample_rate, "one over sample_rate")
+
+    def to_dict(self) -> dict[str, Any]:
+        """This sampling as JSON-able data."""
+        return {
+            "sampler": self.sampler,
+            "sample_rate": self.sample_rate,
+            "dataset_size": self.dataset_size,
+            "max_batch_size": self.max_batch_size,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> "Sampling":
+        """The sampling that `to_dict` described; unknown keys are refused."""
+        keys = ("sampler", "sample_rate", "dataset_size", "max_batch_size")
+        return cls(**checks.known_keys("a sampling", data, keys))
+
+
+@dataclass(frozen=True)
+class StepSpec:
+    """Everything that one noisy step does, and everything that its accounting reads.
+
+    Attributes:
+        clip_rule: bounds each example's gradient; gives the sensitivity.
+        noise_multiplier: σ, the noise's standard deviation over the sensitivity.
+        sampling: how the logical batch is drawn.
+        expected_batch_size: L, the public number that the noisy sum is divided by, in
+            examples. Never the realised batch size, which is private.
+
+    Raises:
+        TypeError, ValueError: a quantity is not a number or out of its range.
+    """
+
+    clip_rule: ClipRule
+    noise_multiplier: float
+    sampling: Sampling
+    expected_batch_size: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.clip_rule, ClipRule):
+            raise TypeError(
+                f"clip_rule must be a rule of dptrain.core.clip_rules, but it is "
+                f"{self.clip_rule!r}; give for example Flat(1.0)."
+            )
+        if not isinstance(self.sampling, Sampling):
+            raise TypeError(f"sampling must be a Sampling, but it is {self.sampling!r}.")
+        object.__setattr__(
+            self,
+            "noise_multiplier",
+            checks.non_negative("noise_multiplier", self.noise_multiplier),
+        )
+        object.__setattr__(
+            self,
+            "expected_batch_size",
+            checks.positive("expected_batch_size", self.expected_batch_size),
+        )
+
+    @property
+    def clip_norm(self) -> float:
+        """C of a rule with one threshold.
+
+        Raises:
+            ValueError: the rule has several thresholds; read `sensitivity`.
+        """
+        if isinstance(self.clip_rule, (clip_rules.PerLayer, clip_rules.GroupWise)):
+            raise ValueError(
+                f"the {self.clip_rule.name} clip rule has one threshold for each group; "
+                "read clip_rule.clip_norms, or sensitivity."
+            )
+        return self.clip_rule.clip_norm
+
+    @property
+    def sensitivity(self) -> float:
+        """The most that one example adds to the clipped sum, in the L2 norm."""
+        return self.clip_rule.sensitivity
+
+    @property
+    def noise_stddev(self) -> float:
+        """σ times the sensitivity: of each coordinate of the noise on the *sum*."""
+        return self.noise_multiplier * self.sensitivity
+
+    @property
+    def sample_rate(self) -> float:
+        """q, the probability that an example is drawn."""
+        return self.sampling.sample_rate
+
+    @property
+    def sampler(self) -> str:
+        """The sampler's name."""
+        return self.sampling.sampler
+
+    def to_dict(self) -> dict[str, Any]:
+        """This step as JSON-able data."""
+        return {
+            "clip_rule": clip_rules.to_dict(self.clip_rule),
+            "noise_multiplier": self.noise_multiplier,
+            "sampling": self.sampling.to_dict(),
+            "expected_batch_size": self.expected_batch_size,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> "StepSpec":
+        """The step that `to_dict` described; unknown keys are refused."""
+        keys = ("clip_rule", "noise_multiplier", "sampling", "expected_batch_size")
+        checks.known_keys("a step", data, keys)
+        return cls(
+            clip_rule=clip_rules.from_dict(data["clip_rule"]),
+            noise_multiplier=data["noise_multiplier"],
+            sampling=Sampling.from_dict(data["sampling"]),
+            expected_batch_size=data["expected_batch_size"],
+        )
+
+
+def flat_step(
+    *,
+    noise_multiplier: float,
+    clip_norm: float,
+    sample_rate: float,
+    expected_batch_size: float,
+    sampler: str = POISSON,
+    dataset_size: int | None = None,
+    max_batch_size: int | None = None,
+) -> StepSpec:
+    """The common step: flat clipping to `clip_norm`, Gaussian noise, one sampler."""
+    return StepSpec(
+        clip_rule=Flat(clip_norm),
+        noise_multiplier=noise_multiplier,
+        sampling=Sampling(sampler, sample_rate, dataset_size, max_batch_size),
+        expected_batch_size=expected_batch_size,
+    )
+
+
+def _nearest_whole(value: float, what: str) -> int:
+    nearest = round(value)
+    # A rate such as 1/3 is not a binary fraction: allow for its rounding, no more.
+    if nearest < 1 or not math.isclose(value, nearest, rel_tol=1e-9):
+        raise ValueError(
+            f"{what} must be a whole number for this sampler, but it is {value}; "
+            "change the sample rate."
+        )
+    return nearest

@@ -1,0 +1,143 @@
+"""A folder of images, one subfolder per class, decoded by workers ahead of use."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+from torchvision.transforms.v2 import functional
+
+from dptrain.data.preprocess import Preprocess
+from dptrain.data.protocol import Batch, DataError
+
+DEFAULT_IMAGE_SIZE = 224
+PREFETCH_BATCHES = 4
+TEST_FOLDERS = ("test", "val")
+
+
+class _Decoder(torch.utils.data.Dataset):
+    """Item i: (image [3, S, S] uint8, label), decoded from its file."""
+
+    def __init__(self, samples: list[tuple[str, int]], image_size: int) -> None:
+        self.samples = samples
+        self.image_size = image_size
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        path, label = self.samples[index]
+        return decode(path, self.image_size), label
+
+
+class FolderImages:
+    """A data set that stays on disk; batches are decoded when needed, or ahead by workers."""
+
+    def __init__(
+        self,
+        name: str,
+        samples: list[tuple[str, int]],
+        num_classes: int,
+        preprocess: Preprocess,
+        device: torch.device | str = "cpu",
+        workers: int | None = None,
+    ) -> None:
+        self.name = name
+        self.num_classes = num_classes
+        self.device = torch.device(device)
+        self.preprocess = preprocess
+        self.workers = min(8, os.cpu_count() or 1) if workers is None else workers
+        size = preprocess.image_size or DEFAULT_IMAGE_SIZE
+        self.input_shape: tuple[int, ...] = preprocess.output_shape((3, size, size))
+        self._decoder = _Decoder(samples, size)
+
+    def __len__(self) -> int:
+        return len(self._decoder)
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """All labels [N] int64."""
+        return torch.tensor([label for _, label in self._decoder.samples])
+
+    def gather(self, indices: torch.Tensor) -> Batch:
+        items = [self._decoder[index] for index in indices.tolist()]
+        images = torch.stack([image for image, _ in items])
+        return self._finish((images, torch.tensor([label for _, label in items])))
+
+    def stream(self, indices: Iterable[torch.Tensor]) -> Iterator[Batch]:
+        """Batches in order; workers decode up to `PREFETCH_BATCHES` each ahead."""
+        loader = DataLoader(
+            self._decoder,
+            batch_sampler=_Lists(indices),
+            num_workers=self.workers,
+            prefetch_factor=PREFETCH_BATCHES if self.workers else None,
+            pin_memory=self.device.type == "cuda",
+        )
+        return map(self._finish, loader)
+
+    def subset(self, indices: torch.Tensor) -> FolderImages:
+        samples = [self._decoder.samples[index] for index in indices.tolist()]
+        return FolderImages(
+            self.name, samples, self.num_classes, self.preprocess, self.device, self.workers
+        )
+
+    def _finish(self, batch: Batch) -> Batch:
+        images, labels = batch
+        return self.preprocess(images.to(self.device, non_blocking=True)), labels.to(self.device)
+
+
+class _Lists:
+    """Index tensors as the lists of integers that DataLoader wants, made one at a time."""
+
+    def __init__(self, indices: Iterable[torch.Tensor]) -> None:
+        self._indices = indices
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (batch.tolist() for batch in self._indices)
+
+
+def decode(path: str, image_size: int) -> torch.Tensor:
+    """The centre square of an image file, resized: [3, image_size, image_size] uint8."""
+    try:
+        with Image.open(path) as file:
+            image = functional.pil_to_tensor(file.convert("RGB"))
+    except (UnidentifiedImageError, OSError) as error:
+        raise DataError(
+            f"{path} is not a readable image ({error}); repair or remove it."
+        ) from error
+    side = min(image.shape[-2:])
+    square = functional.center_crop(image, [side, side])
+    return functional.resize(square, [image_size, image_size], antialias=True)
+
+
+def scan(root: Path) -> tuple[list[str], list[tuple[str, int]], list[tuple[str, int]]]:
+    """Class names, and the (file, label) samples of train/ and of test/ or val/ under `root`."""
+    if not (root / "train").is_dir():
+        raise DataError(
+            f"{root} has no folder train/; lay the images out as train/CLASS/*.jpg and "
+            "test/CLASS/*.jpg."
+        )
+    test_folder = next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), None)
+    if test_folder is None:
+        raise DataError(
+            f"{root} has neither test/ nor val/; a run needs images that it is not trained on."
+        )
+    try:
+        train, test = ImageFolder(str(root / "train")), ImageFolder(str(test_folder))
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{root}: {str(error).splitlines()[0].rstrip('.')}; give every class at least one "
+            "image."
+        ) from error
+    if train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes))
+        raise DataError(
+            f"{root}: the classes of train/ and {test_folder.name}/ differ ({', '.join(odd[:5])}); "
+            "make them equal."
+        )
+    return train.classes, train.samples, test.samples

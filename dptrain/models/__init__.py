@@ -1,0 +1,28 @@
+"""Models by name, their weights, and the choice of what is trained."""
+
+from dptrain.models.build import build, build_with_report
+from dptrain.models.errors import ModelError
+from dptrain.models.head import head_name
+from dptrain.models.names import PAPER_MODELS, timm_name
+from dptrain.models.preferences import Preferences, preferences
+from dptrain.models.small import SMALL
+from dptrain.models.split_head import split_head
+from dptrain.models.trainable import Trainable, select_trainable
+from dptrain.models.weights import WeightReport, load_weights
+
+__all__ = [
+    "PAPER_MODELS",
+    "SMALL",
+    "ModelError",
+    "Preferences",
+    "Trainable",
+    "WeightReport",
+    "build",
+    "build_with_report",
+    "head_name",
+    "load_weights",
+    "preferences",
+    "select_trainable",
+    "split_head",
+    "timm_name",
+]

@@ -1,0 +1,176 @@
+"""Small networks without batch normalisation, each built for any number of channels and pixels.
+
+Every factory takes (num_classes, input_shape = (channels, height, width)) and returns a module that
+maps [B, C, H, W] to logits [B, num_classes]. The last layer is always called `head`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from dptrain.models.errors import ModelError
+
+InputShape = tuple[int, ...]
+
+
+def mlp(num_classes: int, input_shape: InputShape, width: int = 128) -> nn.Sequential:
+    """One hidden layer of `width` tanh units; takes inputs of any shape."""
+    return nn.Sequential(
+        OrderedDict(
+            flatten=nn.Flatten(),
+            hidden=nn.Linear(math.prod(input_shape), width),
+            act=nn.Tanh(),
+            head=nn.Linear(width, num_classes),
+        )
+    )
+
+
+def linear(num_classes: int, input_shape: InputShape) -> nn.Sequential:
+    """Multinomial logistic regression on inputs of any shape."""
+    return nn.Sequential(
+        OrderedDict(flatten=nn.Flatten(), head=nn.Linear(math.prod(input_shape), num_classes))
+    )
+
+
+def convnet(num_classes: int, input_shape: InputShape) -> nn.Sequential:
+    """Two tanh convolutions and a linear head, for digits of 8 to 28 pixels.
+
+    Bounded activations keep per-example gradients even, so that clipping distorts them little
+    (Papernot et al. 2021, "Tempered sigmoid activations for deep learning with differential
+    privacy").
+    """
+    channels = input_shape[0]
+    features = nn.Sequential(
+        nn.Conv2d(channels, 32, kernel_size=3, padding=1),
+        nn.Tanh(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, kernel_size=3, padding=1),
+        nn.Tanh(),
+        nn.MaxPool2d(2),
+    )
+    return _with_head("convnet", features, nn.Sequential(), num_classes, input_shape)
+
+
+def lenet(
+    num_classes: int, input_shape: InputShape, act: Callable[[], nn.Module] = nn.ReLU
+) -> nn.Sequential:
+    """The LeNet-style network of DP-SGD tutorials (26,010 parameters on 28 x 28 x 1)."""
+    features = nn.Sequential(
+        nn.Conv2d(input_shape[0], 16, kernel_size=8, stride=2, padding=3),
+        act(),
+        nn.MaxPool2d(kernel_size=2, stride=1),
+        nn.Conv2d(16, 32, kernel_size=4, stride=2),
+        act(),
+        nn.MaxPool2d(kernel_size=2, stride=1),
+    )
+    return _with_head("lenet", features, _dense([32], act), num_classes, input_shape)
+
+
+def lenet_tanh(num_classes: int, input_shape: InputShape) -> nn.Sequential:
+    """`lenet` with tanh in place of ReLU (Papernot et al. 2021)."""
+    return lenet(num_classes, input_shape, nn.Tanh)
+
+
+def lenet5(num_classes: int, input_shape: InputShape) -> nn.Sequential:
+    """LeNet-5 with tanh and average pooling, for 32 x 32 pixels."""
+    features = nn.Sequential(
+        nn.Conv2d(input_shape[0], 6, kernel_size=5),
+        nn.Tanh(),
+        nn.AvgPool2d(2),
+        nn.Conv2d(6, 16, kernel_size=5),
+        nn.Tanh(),
+        nn.AvgPool2d(2),
+        nn.Conv2d(16, 120, kernel_size=5),
+        nn.Tanh(),
+    )
+    return _with_head("lenet5", features, _dense([84], nn.Tanh), num_classes, input_shape)
+
+
+def simple_convnet(num_classes: int, input_shape: InputShape) -> nn.Sequential:
+    """Two convolutions and three dense layers, for 32 x 32 pixels."""
+    features = nn.Sequential(
+        nn.Conv2d(input_shape[0], 6, kernel_size=5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, kernel_size=5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+    )
+    return _with_head(
+        "simple-convnet", features, _dense([120, 84], nn.ReLU), num_classes, input_shape
+    )
+
+
+def larger_convnet(num_classes: int, input_shape: InputShape) -> nn.Sequential:
+    """Four convolutions of 32, 64, 64 and 128 channels with average pooling and a linear head."""
+    layers: list[nn.Module] = []
+    channels = input_shape[0]
+    for index, width in enumerate((32, 64, 64, 128)):
+        layers += [nn.Conv2d(channels, width, kernel_size=3, padding=1), nn.ReLU()]
+        layers.append(nn.AvgPool2d(2) if index < 3 else nn.AdaptiveAvgPool2d(1))
+        channels = width
+    return _with_head(
+        "larger-convnet", nn.Sequential(*layers), nn.Sequential(), num_classes, input_shape
+    )
+
+
+def vgg11(num_classes: int, input_shape: InputShape) -> nn.Sequential:
+    """VGG-11 without batch normalisation or dropout, for 32 x 32 pixels or more."""
+    layers: list[nn.Module] = []
+    channels = input_shape[0]
+    for width in (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool"):
+        if width == "pool":
+            layers.append(nn.MaxPool2d(2))
+        else:
+            layers += [nn.Conv2d(channels, int(width), kernel_size=3, padding=1), nn.ReLU()]
+            channels = int(width)
+    return _with_head(
+        "vgg11", nn.Sequential(*layers), _dense([4096], nn.ReLU), num_classes, input_shape
+    )
+
+
+SMALL: dict[str, Callable[[int, InputShape], nn.Module]] = {
+    "linear": linear,
+    "mlp": mlp,
+    "convnet": convnet,
+    "lenet": lenet,
+    "lenet-tanh": lenet_tanh,
+    "lenet5": lenet5,
+    "simple-convnet": simple_convnet,
+    "larger-convnet": larger_convnet,
+    "vgg11": vgg11,
+}
+
+
+def _dense(widths: list[int], act: Callable[[], nn.Module]) -> nn.Sequential:
+    return nn.Sequential(*(layer for width in widths for layer in (nn.LazyLinear(width), act())))
+
+
+def _with_head(
+    name: str, features: nn.Module, dense: nn.Module, num_classes: int, input_shape: InputShape
+) -> nn.Sequential:
+    if len(input_shape) != 3:
+        raise ModelError(
+            f"{name} reads images [C, H, W], but one input has shape {list(input_shape)}; use mlp "
+            "or linear."
+        )
+    model = nn.Sequential(
+        OrderedDict(
+            features=features, flatten=nn.Flatten(), dense=dense, head=nn.LazyLinear(num_classes)
+        )
+    )
+    try:
+        # One pass over a blank image gives the lazy layers their widths.
+        with torch.no_grad():
+            model(torch.zeros(1, *input_shape))
+    except RuntimeError as error:
+        raise ModelError(
+            f"{name} needs larger images than {input_shape[1]} x {input_shape[2]}; raise "
+            "--image-size."
+        ) from error
+    return model

@@ -1,0 +1,30 @@
+"""Optimizers by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn, optim
+
+MOMENTUM = 0.9
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": optim.SGD,
+    "momentum": lambda parameters, **options: optim.SGD(parameters, momentum=MOMENTUM, **options),
+    "adam": optim.Adam,
+    "adamw": optim.AdamW,
+}
+
+
+def build_optimizer(
+    name: str, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0
+) -> torch.optim.Optimizer:
+    """The optimizer called `name`, over the parameters that require gradients.
+
+    momentum: SGD with momentum 0.9. weight_decay: as torch applies it (decoupled in adamw).
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"There is no optimizer {name!r}; choose from {', '.join(OPTIMIZERS)}.")
+    chosen = [parameter for parameter in parameters if parameter.requires_grad]
+    return OPTIMIZERS[name](chosen, lr=lr, weight_decay=weight_decay)

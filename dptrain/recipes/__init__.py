@@ -1,0 +1,5 @@
+"""Named runs."""
+
+from dptrain.recipes.table import RECIPES, recipe
+
+__all__ = ["RECIPES", "recipe"]

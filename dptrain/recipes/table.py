@@ -1,0 +1,23 @@
+"""Recipes by name: each is a function that returns a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from dptrain.recipes import fine_tuning, from_scratch
+from dptrain.training import ConfigError, TrainConfig
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {
+    "mnist-convnet": from_scratch.mnist_convnet,
+    "vit-base-cifar100": fine_tuning.vit_base_cifar100,
+    "bit-resnet-cifar100": fine_tuning.bit_resnet_cifar100,
+    "vit-tiny-cifar100-head": fine_tuning.vit_tiny_cifar100_head,
+    "vit-tiny-cifar100-full": fine_tuning.vit_tiny_cifar100_full,
+}
+
+
+def recipe(name: str) -> TrainConfig:
+    """The configuration called `name`. Raises ConfigError if there is none."""
+    if name not in RECIPES:
+        raise ConfigError(f"There is no recipe {name!r}; choose from {', '.join(RECIPES)}.")
+    return RECIPES[name]()

@@ -1,0 +1,253 @@
+"""One forward pass in which every meeting of a parameter and data is recorded as a use.
+
+A value is *data* if it depends on an example, *parameter-only* if it depends on parameters and on
+no example, and neither if it is a constant. Parameter-only values are computed by ordinary
+autograd; where one meets data it enters detached, through an autograd function that hands the
+other operand and the gradient of the output to the use. So no parameter receives an ordinary
+gradient: nothing is computed twice, and whatever escapes capture shows itself (the escape guard
+in ``clipping.py``).
+
+The mode only classifies and dispatches; what each operation does is in ``operations.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from .errors import Refused
+from .uses.base import Rule
+
+#: what a use hands on in the backward pass: (use, other operand, gradient of the output)
+Sink = Callable[["Use", Tensor | None, Tensor], None]
+
+MARK = "_dptrain_mark"  # on tensors of one forward pass, never on modules
+
+
+class Sort(Enum):
+    CONSTANT = 0
+    PARAMETER = 1
+    DATA = 2
+
+
+@dataclass(eq=False)
+class Use:
+    """A parameter-only ``value`` met data in the ``index``-th use of this forward pass."""
+
+    index: int
+    rule: Rule
+    value: Tensor
+    operation: str
+    #: weak, so that a finished step is freed at once and not when the collector comes by
+    capture: weakref.ref[Capture] = field(repr=False)
+
+    def arrive(self, a: Tensor | None, g: Tensor) -> None:
+        """Called by autograd functions in the backward pass."""
+        self.capture().sink(self, a, g)
+
+
+class Capture(TorchFunctionMode):
+    """Use as a context around a forward pass; then back-propagate to ``anchor`` alone.
+
+    Args:
+        parameters: the trainable leaves by name.
+        sink: receives each use in the backward pass.
+        layouts: where the examples lie by use index, once the probe has learnt it; the generic
+            rule needs it in the forward pass.
+        batch_size: number of examples.
+    """
+
+    def __init__(
+        self,
+        parameters: dict[str, Tensor],
+        batch_size: int,
+        sink: Sink,
+        layouts: dict[int, Any] | None = None,
+    ):
+        super().__init__()
+        self.names = {id(p): name for name, p in parameters.items()}
+        self.batch_size = batch_size
+        self.sink = sink
+        self.layouts = layouts
+        self.uses: list[Use] = []
+        #: output shapes of the generic rule by its index, so that the probe can compare two sizes
+        self.generic: list[Any] = []
+        first = next(iter(parameters.values()))
+        self.anchor = torch.zeros((), device=first.device, dtype=first.dtype, requires_grad=True)
+        self._data = object()
+        self._parameter = object()
+        self._replay: list[Use] | None = None
+        #: whether something intercepted saved tensors, as activation checkpointing does
+        self.checkpointed = False
+
+    # ------------------------------------------------------------------ what a tensor is
+
+    def mark_data(self, out: Any) -> Any:
+        """Declare every tensor in ``out`` to depend on the examples."""
+        if isinstance(out, Tensor):
+            setattr(out, MARK, self._data)
+        elif isinstance(out, (list, tuple)):
+            for item in out:
+                self.mark_data(item)
+        elif isinstance(out, dict):
+            for item in out.values():
+                self.mark_data(item)
+        return out
+
+    def sort(self, tensor: Tensor) -> Sort:
+        mark = getattr(tensor, MARK, None)
+        if mark is self._data:
+            return Sort.DATA
+        if not tensor.requires_grad or tensor is self.anchor:
+            return Sort.CONSTANT
+        if mark is self._parameter or id(tensor) in self.names:
+            return Sort.PARAMETER
+        if tensor.grad_fn is None:
+            raise Refused(
+                f"the forward pass uses a tensor of shape {tuple(tensor.shape)} that requires a "
+                "gradient but is no parameter of the model: register it on the model, or call "
+                "requires_grad_(False) on it."
+            )
+        # made out of our sight, for example by a custom autograd function: its graph tells
+        if self._reaches_anchor(tensor):
+            setattr(tensor, MARK, self._data)
+            return Sort.DATA
+        setattr(tensor, MARK, self._parameter)
+        return Sort.PARAMETER
+
+    def _reaches_anchor(self, tensor: Tensor) -> bool:
+        stack, seen = [tensor.grad_fn], set()
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if getattr(node, "variable", None) is self.anchor:
+                return True
+            stack += [parent for parent, _ in node.next_functions]
+        return False
+
+    def is_parameter(self, item: Any) -> bool:
+        return isinstance(item, Tensor) and self.sort(item) is Sort.PARAMETER
+
+    def is_data(self, item: Any) -> bool:
+        return isinstance(item, Tensor) and self.sort(item) is Sort.DATA
+
+    def _sorts(self, items: Iterable[Any], depth: int = 3) -> tuple[bool, bool]:
+        """(any data, any parameter-only) among the arguments of a call."""
+        data = parameter = False
+        for item in items:
+            if isinstance(item, Tensor):
+                kind = self.sort(item)
+                data |= kind is Sort.DATA
+                parameter |= kind is Sort.PARAMETER
+            elif depth and isinstance(item, (list, tuple)):
+                d, p = self._sorts(item, depth - 1)
+                data, parameter = data | d, parameter | p
+            elif depth and isinstance(item, dict):
+                d, p = self._sorts(item.values(), depth - 1)
+                data, parameter = data | d, parameter | p
+        return data, parameter
+
+    # ------------------------------------------------------------------ recording
+
+    def use(self, rule: Rule, value: Tensor, operation: str) -> Use:
+        """Record the next use; in a recomputation, the one that was recorded at first."""
+        if self._replay is not None:
+            # the graph of a recomputation is thrown away: only what it saves is wanted
+            return Use(-1, rule, value.detach(), operation, weakref.ref(self))
+        if not self.checkpointed:
+            self.checkpointed = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        use = Use(len(self.uses), rule, value, operation, weakref.ref(self))
+        self.uses.append(use)
+        return use
+
+    # ------------------------------------------------------------------ dispatch
+
+    def __torch_function__(self, func, types_, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        data, parameter = self._sorts(args)
+        if kwargs:
+            d, p = self._sorts(kwargs.values())
+            data, parameter = data | d, parameter | p
+        return self.call(func, args, kwargs, data, parameter)
+
+    def call(self, func, args, kwargs, data: bool, parameter: bool) -> Any:
+        from . import operations
+
+        if data and parameter and torch.is_grad_enabled():
+            return self.mark_data(operations.mixed(self, func, args, kwargs))
+        if parameter and not data:
+            return operations.parameter_only(self, func, args, kwargs)
+        if data:
+            operations.refuse_batch_statistics(func, args, kwargs)
+        out = func(*args, **kwargs)
+        if data:
+            self._mark_results(func, args, kwargs, out)
+        return out
+
+    def _mark_results(self, func, args, kwargs, out) -> None:
+        name = getattr(func, "__name__", "")
+        in_place = name in ("__setitem__", "__set__") or (
+            name.startswith("__i") and name.endswith("__") and name != "__index__"
+        )
+        if in_place or (name.endswith("_") and not name.endswith("__")):
+            target = args[0]
+            self.mark_data(target)
+            if isinstance(target, Tensor) and target._base is not None:
+                self.mark_data(target._base)
+        if "out" in kwargs:
+            self.mark_data(kwargs["out"])
+        if not isinstance(out, (torch.Size, bool, int, float, str, type(None))):
+            self.mark_data(out)
+
+    def __call__(self, func, *args, **kwargs) -> Any:
+        """Call ``func`` as the model would: rules are written in terms of other operations."""
+        return self.__torch_function__(func, (), args, kwargs)
+
+    def reenter(self, func: types.FunctionType, args, kwargs) -> Any:
+        """Run a Python function of torch so that the calls inside it are seen one by one.
+
+        Such functions begin with ``if has_torch_function(...)``, which is true under a mode and
+        would send us round in circles; we run a copy that finds it false.
+        """
+        with self:
+            return _transparent(func)(*args, **kwargs)
+
+    # ------------------------------------------------------------------ recomputation
+
+    def recomputing(self) -> _Recomputation:
+        """A context for the backward pass: calls seen there are activation checkpoints at work."""
+        return _Recomputation(self)
+
+
+class _Recomputation(TorchFunctionMode):
+    def __init__(self, capture: Capture):
+        super().__init__()
+        self.capture = capture
+
+    def __torch_function__(self, func, types_, args=(), kwargs=None):
+        self.capture._replay = []
+        try:
+            return self.capture.__torch_function__(func, types_, args, kwargs or {})
+        finally:
+            self.capture._replay = None
+
+
+@functools.cache
+def _transparent(func: types.FunctionType) -> types.FunctionType:
+    scope = dict(func.__globals__)
+    for name in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"):
+        scope[name] = lambda *a, **k: False
+    copy = types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
+    copy.__kwdefaults__ = func.__kwdefaults__
+    return copy

@@ -1,0 +1,8 @@
+"""What the engine says when it will not go on."""
+
+
+class Refused(RuntimeError):
+    """A model, a batch or a request for which an exact private gradient cannot be promised.
+
+    Raised before anything is released: no privacy budget is spent, no parameter has changed.
+    """

@@ -1,0 +1,162 @@
+"""Autograd functions that compute an operation as usual and tell its uses what they need.
+
+Parameters come in detached; ``anchor`` is an extra input that requires a gradient, so that the
+output does too. In the backward pass each function hands the other operand and the gradient of
+its output to its uses, and returns the gradient of the data alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.autograd import Function
+
+aten = torch.ops.aten
+
+
+class LinearFunction(Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, anchor, weight_use, bias_use):
+        ctx.save_for_backward(x if weight_use is not None else None, weight)
+        ctx.uses = weight_use, bias_use
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        weight_use, bias_use = ctx.uses
+        if weight_use is not None:
+            weight_use.arrive(x, g)
+        if bias_use is not None:
+            bias_use.arrive(None, g)
+        return (g @ weight if ctx.needs_input_grad[0] else None), *[None] * 5
+
+
+class GroupedLinearFunction(Function):
+    """``y[e, ..., n] = x[e, ..., k] w[e, k, n]``."""
+
+    @staticmethod
+    def forward(ctx, x, weight, anchor, use):
+        ctx.save_for_backward(x, weight)
+        ctx.use = use
+        return torch.bmm(x.flatten(1, -2), weight).unflatten(1, x.shape[1:-1])
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        ctx.use.arrive(x, g)
+        gradient = None
+        if ctx.needs_input_grad[0]:
+            gradient = torch.bmm(g.flatten(1, -2), weight.mT).unflatten(1, x.shape[1:-1])
+        return gradient, None, None, None
+
+
+class ConvolutionFunction(Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, anchor, options, weight_use, bias_use):
+        ctx.save_for_backward(x, weight)
+        ctx.options, ctx.uses = options, (weight_use, bias_use)
+        return torch.convolution(x, weight, bias, *options)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        weight_use, bias_use = ctx.uses
+        if weight_use is not None:
+            weight_use.arrive(x, g)
+        if bias_use is not None:
+            bias_use.arrive(None, g.flatten(2).sum(2))
+        gradient = None
+        if ctx.needs_input_grad[0]:
+            mask = [True, False, False]
+            gradient = aten.convolution_backward(g, x, weight, None, *ctx.options, mask)[0]
+        return gradient, *[None] * 6
+
+
+class LayerNormFunction(Function):
+    @staticmethod
+    def forward(ctx, x, shape, weight, bias, eps, anchor, weight_use, bias_use):
+        y, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
+        ctx.save_for_backward(x, mean, rstd, weight, bias)
+        ctx.shape, ctx.uses = shape, (weight_use, bias_use)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        x, mean, rstd, weight, bias = ctx.saved_tensors
+        weight_use, bias_use = ctx.uses
+        if weight_use is not None:
+            weight_use.arrive(None, torch.sub(x, mean).mul_(rstd).mul_(g))
+        if bias_use is not None:
+            bias_use.arrive(None, g)
+        gradient = None
+        if ctx.needs_input_grad[0]:
+            mask = [True, False, False]
+            gradient = aten.native_layer_norm_backward(g, x, ctx.shape, mean, rstd, weight, bias, mask)[0]
+        return gradient, *[None] * 7
+
+
+class GroupNormFunction(Function):
+    @staticmethod
+    def forward(ctx, x, groups, weight, bias, eps, anchor, weight_use, bias_use):
+        x = x.contiguous()
+        n, channels = x.shape[:2]
+        size = x[0, 0].numel()
+        y, mean, rstd = torch.native_group_norm(x, weight, bias, n, channels, size, groups, eps)
+        ctx.save_for_backward(x, mean, rstd, weight)
+        ctx.groups, ctx.uses = groups, (weight_use, bias_use)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        x, mean, rstd, weight = ctx.saved_tensors
+        weight_use, bias_use = ctx.uses
+        g = g.contiguous()
+        n, channels = x.shape[:2]
+        size = x[0, 0].numel()
+        # sums per example and channel are the per-example gradients: x-hat is never formed
+        flat = g.flatten(2)
+        total = flat.sum(2) if size > 1 else flat.squeeze(2)
+        if weight_use is not None:
+            product = torch.einsum("ncs,ncs->nc", flat, x.flatten(2))
+            per_group = channels // ctx.groups
+            m = mean.reshape(n, -1).repeat_interleave(per_group, 1)
+            r = rstd.reshape(n, -1).repeat_interleave(per_group, 1)
+            weight_use.arrive(None, (product - total * m) * r)
+        if bias_use is not None:
+            bias_use.arrive(None, total)
+        gradient = None
+        if ctx.needs_input_grad[0]:
+            mask = [True, False, False]
+            gradient = aten.native_group_norm_backward(
+                g, x, mean, rstd, weight, n, channels, size, ctx.groups, mask
+            )[0]
+        return gradient, *[None] * 7
+
+
+class LookupFunction(Function):
+    @staticmethod
+    def forward(ctx, indices, table, anchor, use):
+        ctx.save_for_backward(indices)
+        ctx.use = use
+        return table[indices]
+
+    @staticmethod
+    def backward(ctx, g):
+        (indices,) = ctx.saved_tensors
+        ctx.use.arrive(indices, g)
+        return None, None, None, None
+
+
+class ExpandFunction(Function):
+    """Broadcast a parameter-only value to the shape in which it meets data."""
+
+    @staticmethod
+    def forward(ctx, value, shape, anchor, use):
+        ctx.use = use
+        return value.expand(shape)
+
+    @staticmethod
+    def backward(ctx, g):
+        ctx.use.arrive(None, g)
+        return None, None, None, None

@@ -1,0 +1,81 @@
+"""Where the examples lie in a tensor: the map from rows of an operation back to examples.
+
+Most operations keep the examples on the leading axis, but windows are folded into it
+(Swin: ``B * windows``), sequence-first code puts it second, and ``view(-1, d)`` folds positions
+into it. All of these are one axis of size ``outer * B * inner`` on which row ``r`` belongs to
+example ``(r // inner) % B``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Examples lie on ``axis``; row r of it belongs to example ``(r // inner) % batch_size``."""
+
+    axis: int = 0
+    outer: int = 1
+    inner: int = 1
+
+    def __str__(self) -> str:
+        before = f"{self.outer}·" if self.outer > 1 else ""
+        after = f"·{self.inner}" if self.inner > 1 else ""
+        return f"axis {self.axis}" + (f" as {before}B{after}" if before or after else "")
+
+    def rows(self, batch_size: int) -> int:
+        """Size of the axis."""
+        return self.outer * batch_size * self.inner
+
+    def fits(self, tensor: Tensor, batch_size: int) -> bool:
+        return tensor.dim() > self.axis and tensor.shape[self.axis] == self.rows(batch_size)
+
+    def split(self, tensor: Tensor, batch_size: int) -> Tensor:
+        """Bring the examples to the front: ``[B, ...]`` with the other axes kept in their order.
+
+        The folded parts stay as two axes of their own (``outer`` and ``inner``) at the place of
+        the axis, so the result has two axes more than ``tensor``. A view.
+        """
+        shape = tensor.shape
+        folded = (self.outer, batch_size, self.inner)
+        unfolded = tensor.reshape(*shape[: self.axis], *folded, *shape[self.axis + 1 :])
+        return unfolded.movedim(self.axis + 1, 0)
+
+    def examples_first(self, tensor: Tensor, batch_size: int, keep: int) -> Tensor:
+        """``[B, positions, *last keep axes]``; a view where the examples lead already."""
+        tail = tensor.shape[tensor.dim() - keep :]
+        if self.axis == 0 and self.outer == 1:
+            return tensor.reshape(batch_size, -1, *tail)
+        return self.split(tensor, batch_size).reshape(batch_size, -1, *tail)
+
+    def per_row(self, weights: Tensor, ndim: int) -> Tensor:
+        """Spread a weight per example ``[B]`` over the rows, ready to multiply a ``ndim`` tensor."""
+        rows = weights.repeat_interleave(self.inner).repeat(self.outer)
+        return rows.reshape((1,) * self.axis + (-1,) + (1,) * (ndim - self.axis - 1))
+
+
+def candidates(shape: torch.Size, batch_size: int, keep: int = 0) -> list[Layout]:
+    """Every layout that a tensor of this shape could have, the most natural first.
+
+    ``keep`` last axes are features and cannot hold the examples.
+    """
+    found = []
+    for axis in range(len(shape) - keep):
+        if shape[axis] == 0 or shape[axis] % batch_size:
+            continue
+        folded = shape[axis] // batch_size
+        found += [
+            Layout(axis, folded // inner, inner) for inner in range(folded, 0, -1) if folded % inner == 0
+        ]
+    return found
+
+
+def only_rows_of(example: int, tensor: Tensor, layout: Layout, batch_size: int) -> bool:
+    """Whether every non-zero of ``tensor`` lies in the rows of ``example``."""
+    busy = layout.split(tensor, batch_size).reshape(batch_size, -1).ne(0).any(1)
+    busy[example] = False
+    return not bool(busy.any())

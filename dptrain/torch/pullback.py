@@ -1,0 +1,296 @@
+"""From gradients of parameter-only values to gradients of leaf parameters.
+
+A per-example norm is taken over the *sum* of the pulled-back gradients of all uses of a leaf.
+Uses fall into groups that share leaves; within a group there are three cases:
+
+* ``alone``: every value is a selection of its leaf's elements (the leaf itself, a transpose, a
+  slice) and no element is selected twice, so pulling back keeps norms and uses are orthogonal;
+* ``tied``: several uses of one whole matrix (tied embeddings, a layer called three times), whose
+  cross terms have a Gram form;
+* ``general``: anything else (weight standardisation, W + BA, overlapping slices): per-example
+  gradients are pulled back by a batched vector-Jacobian product for the norm, and the clipped sum
+  by a single one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from .capture import Use
+from .layout import Layout
+from .uses.base import gamma, widen
+from .uses.linear import Linear
+from .uses.lookup import Lookup
+
+#: autograd nodes that move elements without changing them
+SELECTIONS = {
+    "T", "Transpose", "Permute", "Movedim", "View", "UnsafeView", "ReshapeAlias", "Clone", "Alias",
+    "Unsqueeze", "Squeeze", "Slice", "Select", "Split", "SplitWithSizes", "Unbind", "Expand",
+    "ToCopy", "Contiguous",
+}  # fmt: skip
+
+
+class Kind(Enum):
+    ALONE = "alone"
+    TIED = "tied"
+    GENERAL = "general"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Uses (by index) that share leaves (by name)."""
+
+    kind: Kind
+    leaves: tuple[str, ...]
+    uses: tuple[int, ...]
+    #: for tied uses: whether the value is the transpose of the leaf
+    flipped: tuple[bool, ...] = ()
+
+
+def leaves_of(value: Tensor, names: dict[int, str]) -> tuple[str, ...]:
+    """Names of the leaf parameters that ``value`` depends on, sorted."""
+    if id(value) in names:
+        return (names[id(value)],)
+    found, seen, stack = set(), set(), [value.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            found.add(names.get(id(leaf), f"an unregistered tensor of shape {tuple(leaf.shape)}"))
+        stack += [parent for parent, _ in node.next_functions]
+    return tuple(sorted(found))
+
+
+def group_uses(uses: list[Use], names: dict[int, str], parameters: dict[str, Tensor]) -> list[Group]:
+    """Partition the uses by the leaves that they share and say how each group is pulled back."""
+    owners: dict[str, str] = {}
+
+    def root(leaf: str) -> str:
+        while owners.setdefault(leaf, leaf) != leaf:
+            leaf = owners[leaf]
+        return leaf
+
+    leaves = [leaves_of(use.value, names) for use in uses]
+    for first, *others in leaves:
+        for other in others:
+            owners[root(other)] = root(first)
+    members: dict[str, list[int]] = {}
+    for index, mine in enumerate(leaves):
+        members.setdefault(root(mine[0]), []).append(index)
+    groups = []
+    for indices in members.values():
+        shared = tuple(sorted({leaf for i in indices for leaf in leaves[i]}))
+        mine = [uses[i] for i in indices]
+        kind, flipped = _kind(mine, shared, parameters)
+        if kind is Kind.ALONE:
+            groups += [Group(kind, leaves[i], (i,)) for i in indices]
+        else:
+            groups.append(Group(kind, shared, tuple(indices), flipped))
+    return groups
+
+
+def _kind(
+    uses: list[Use], leaves: tuple[str, ...], parameters: dict[str, Tensor]
+) -> tuple[Kind, tuple[bool, ...]]:
+    if len(leaves) > 1 or not all(_is_selection(use.value) for use in uses):
+        return Kind.GENERAL, ()
+    leaf = parameters[leaves[0]]
+    times = torch.zeros_like(leaf, dtype=torch.float32)
+    distinct = {id(use.value): use.value for use in uses}
+    for use in uses:
+        times += _through(use.value, leaf, torch.ones_like(use.value))
+    if times.max() <= 1:
+        return Kind.ALONE, ()
+    matrix = leaf.dim() == 2 and all(
+        isinstance(use.rule, (Linear, Lookup)) and use.value.dim() == 2 for use in uses
+    )
+    if not matrix or any(value.numel() != leaf.numel() for value in distinct.values()):
+        return Kind.GENERAL, ()
+    flipped = tuple(_is_flipped(use.value, leaf) for use in uses)
+    return Kind.TIED, flipped
+
+
+def _is_selection(value: Tensor) -> bool:
+    node = value.grad_fn
+    while node is not None and getattr(node, "variable", None) is None:
+        name = node.name().split("Backward")[0]
+        if name not in SELECTIONS:
+            return False
+        parents = [parent for parent, _ in node.next_functions if parent is not None]
+        if len(parents) != 1:
+            return False
+        node = parents[0]
+    return True
+
+
+def _through(value: Tensor, leaf: Tensor, cotangent: Tensor) -> Tensor:
+    if value is leaf:
+        return cotangent
+    return torch.autograd.grad(value, leaf, cotangent, retain_graph=True)[0]
+
+
+def _is_flipped(value: Tensor, leaf: Tensor) -> bool:
+    """Whether a value that covers a whole matrix is its transpose (or keeps its order)."""
+    row = torch.arange(value.shape[0], dtype=value.dtype, device=value.device)
+    mine = _through(value, leaf, row.unsqueeze(1).expand(value.shape).contiguous())
+    kept = torch.arange(leaf.shape[0], dtype=leaf.dtype, device=leaf.device).unsqueeze(1)
+    return not (mine.shape[0] == value.shape[0] and torch.equal(mine, kept.expand_as(mine).to(mine.dtype)))
+
+
+# ---------------------------------------------------------------------- tied matrices
+
+
+@dataclass
+class Side:
+    """One factor in the leaf's own orientation: dense ``[B, T, F]`` or one-hot indices ``[B, T]``."""
+
+    data: Tensor
+
+    @property
+    def one_hot(self) -> bool:
+        return not self.data.is_floating_point()
+
+    def lengths(self, like: Tensor) -> Tensor:
+        if self.one_hot:
+            return torch.ones(self.data.shape, dtype=like.dtype, device=like.device)
+        return self.data.square().sum(-1).sqrt()
+
+    def cross(self, other: Side, dtype: torch.dtype) -> Tensor:
+        """Inner products of the rows of two factors, ``[B, T, S]``."""
+        if self.one_hot and other.one_hot:
+            return (self.data.unsqueeze(2) == other.data.unsqueeze(1)).to(dtype)
+        if self.one_hot:
+            return other.cross(self, dtype).mT
+        if other.one_hot:
+            index = other.data.unsqueeze(1).expand(-1, self.data.shape[1], -1)
+            return self.data.gather(2, index)
+        return self.data @ other.data.mT
+
+
+def tied_factors(
+    use: Use, flipped: bool, a: Tensor | None, g: Tensor, layout: Layout, batch_size: int
+) -> tuple[Side, Side]:
+    """(rows, cols) of a use in the orientation of its leaf ``[rows, cols]``."""
+    if isinstance(use.rule, Lookup):
+        indices, gradient = use.rule.picked(a, g, layout, batch_size)
+        rows, cols = Side(indices.remainder(use.value.shape[0])), Side(gradient)
+    else:
+        factors = use.rule.factors(a, g, layout, batch_size)
+        rows, cols = Side(factors.rows.squeeze(1)), Side(factors.cols.squeeze(1))
+    return (cols, rows) if flipped else (rows, cols)
+
+
+def tied_squared_norms(factors: list[tuple[Side, Side]]) -> tuple[Tensor, Tensor]:
+    """``||sum_u R_u^T C_u||^2 = sum_{u,w} <R_u R_w^T, C_u C_w^T>`` and a bound on its error."""
+    dense = next(s.data for pair in factors for s in pair if not s.one_hot)
+    dtype = dense.dtype
+    squared = dense.new_zeros(dense.shape[0])
+    bound = dense.new_zeros(dense.shape[0])
+    positions = sum(rows.data.shape[1] for rows, _ in factors)
+    features = max(s.data.shape[-1] for pair in factors for s in pair if not s.one_hot)
+    slack = 2 * gamma(features + 2, dtype) + gamma(positions**2, dtype)
+    for i, (r1, c1) in enumerate(factors):
+        for j, (r2, c2) in enumerate(factors[: i + 1]):
+            twice = 1 if i == j else 2
+            rr, cc = r1.cross(r2, dtype), c1.cross(c2, dtype)
+            squared += twice * (rr * cc).sum((1, 2))
+            if r1.one_hot and r2.one_hot:
+                spread = torch.einsum("bt,bts,bs->b", c1.lengths(cc), rr, c2.lengths(cc))
+            else:
+                spread = (r1.lengths(rr) * c1.lengths(cc)).sum(1) * (r2.lengths(rr) * c2.lengths(cc)).sum(1)
+            bound += twice * slack * spread
+    return squared, bound
+
+
+def tied_gradients(factors: list[tuple[Side, Side]], leaf: torch.Size) -> Tensor:
+    """Per-example gradients ``[B, *leaf]`` of a tied matrix, where its Gram norm is in doubt."""
+    total: Tensor | None = None
+    for rows, cols in factors:
+        if rows.one_hot:
+            gradient = _scatter(rows.data, cols.data, leaf[0])
+        elif cols.one_hot:
+            gradient = _scatter(cols.data, rows.data, leaf[1]).mT
+        else:
+            gradient = rows.data.mT @ cols.data
+        total = gradient if total is None else total + gradient
+    assert total is not None
+    return total
+
+
+def _scatter(indices: Tensor, gradients: Tensor, size: int) -> Tensor:
+    """``sum_t onehot(indices[b, t]) (x) gradients[b, t]``: ``[B, size, F]``."""
+    out = gradients.new_zeros(indices.shape[0], size, gradients.shape[2])
+    index = indices.unsqueeze(2).expand_as(gradients)
+    return out.scatter_add_(1, index, gradients)
+
+
+# ---------------------------------------------------------------------- general pull-back
+
+
+def pull_back_examples(
+    values: list[Tensor], gradients: list[Tensor], leaves: list[Tensor]
+) -> list[Tensor | None]:
+    """Per-example gradients of leaves ``[B, *leaf]`` from those of values ``[B, *value]``.
+
+    One vector-Jacobian product, batched over the examples. Leaves among the values get theirs as
+    they are. The graph of the parameters is kept for the clipped sum.
+    """
+    out: list[Tensor | None] = [None] * len(leaves)
+    position = {id(leaf): i for i, leaf in enumerate(leaves)}
+    made: list[tuple[Tensor, Tensor]] = []
+    for value, gradient in zip(values, gradients):
+        i = position.get(id(value))
+        if i is None:
+            made.append((value, gradient.to(value.dtype)))
+        else:
+            out[i] = gradient if out[i] is None else out[i] + gradient
+    if made:
+        pulled = _batched_vjp([v for v, _ in made], leaves, [g for _, g in made])
+        for i, more in enumerate(pulled):
+            if more is not None:
+                out[i] = widen(more) if out[i] is None else out[i] + more
+    return out
+
+
+def _batched_vjp(values, leaves, gradients):
+    options = {"retain_graph": True, "allow_unused": True}
+    try:
+        return torch.autograd.grad(values, leaves, gradients, is_grads_batched=True, **options)
+    except RuntimeError:  # an operation without a batching rule: one example after the other
+        each = [
+            torch.autograd.grad(values, leaves, [g[b] for g in gradients], **options)
+            for b in range(gradients[0].shape[0])
+        ]
+        return [None if col[0] is None else torch.stack(col) for col in zip(*each)]
+
+
+def pull_back_sums(
+    sums: list[tuple[Tensor, Tensor]], parameters: dict[str, Tensor], names: dict[int, str]
+) -> dict[str, Tensor]:
+    """Gradients by name from sums over examples with respect to values; the graph is freed."""
+    grads: dict[str, Tensor] = {}
+
+    def add(name: str, gradient: Tensor) -> None:
+        grads[name] = grads[name] + gradient if name in grads else gradient
+
+    made = []
+    for value, total in sums:
+        name = names.get(id(value))
+        if name is None:
+            made.append((value, total.to(value.dtype)))
+        else:
+            add(name, total)
+    if made:
+        leaves = list(parameters.values())
+        pulled = torch.autograd.grad([v for v, _ in made], leaves, [t for _, t in made], allow_unused=True)
+        for name, gradient in zip(parameters, pulled):
+            if gradient is not None:
+                add(name, widen(gradient))
+    return grads

@@ -1,0 +1,110 @@
+"""From a clipped sum to a private gradient, and from that to a step. The only door.
+
+What is released is a ``PrivateGradient``, and an optimizer step accepts nothing else; only
+``privatize`` makes one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dptrain.core.entropy import Key
+from dptrain.core.mechanism import Mechanism
+from dptrain.core.spec import StepSpec
+
+from .clipping import ClippedSum
+from .noise import add_noise_
+from .probe import trainable
+
+_DOOR = object()
+
+
+class PrivateGradient:
+    """A noisy mean gradient: safe to look at, to store and to post-process.
+
+    Attributes:
+        grads: by parameter name, ``(clipped sum + noise) / L``, in float32 or better.
+        spec: the step of the mechanism that it spends.
+        reproducible: whether its noise can be recomputed from a seed, which voids the guarantee
+            against whoever knows the seed.
+    """
+
+    __slots__ = ("grads", "reproducible", "spec")
+
+    def __init__(self, grads: dict[str, Tensor], spec: StepSpec, reproducible: bool, door: Any = None):
+        if door is not _DOOR:
+            raise TypeError("only dptrain.torch.privatize makes a PrivateGradient.")
+        self.grads, self.spec, self.reproducible = grads, spec, reproducible
+
+    def map(self, function) -> PrivateGradient:
+        """Post-process each gradient: ``function(name, gradient) -> gradient``."""
+        grads = {name: function(name, g) for name, g in self.grads.items()}
+        return PrivateGradient(grads, self.spec, self.reproducible, _DOOR)
+
+
+def privatize(clipped_sum: ClippedSum, mechanism: Mechanism | StepSpec, key: Key) -> PrivateGradient:
+    """Add the step's noise to a clipped sum and divide by the public expected batch size.
+
+    ``(sum_b clip(g_b) + N(0, (sigma C)^2 I)) / L``: Abadi et al. 2016, algorithm 1. L is the
+    mechanism's, never the number of examples that were sampled (rule 2).
+
+    Args:
+        clipped_sum: of a whole logical batch; its buffers are not changed.
+        mechanism: a constant mechanism, or the specification of this step.
+        key: this step's own, for example ``run_key.child("noise", step)``: a key that is used
+            twice repeats its noise.
+
+    Raises:
+        TypeError: not a clipped sum, a mechanism or a key.
+        ValueError: the sum was clipped to another norm than the mechanism says.
+    """
+    if not isinstance(clipped_sum, ClippedSum):
+        raise TypeError(f"privatize takes a ClippedSum, and was given {type(clipped_sum).__name__}.")
+    if not isinstance(key, Key):
+        raise TypeError("privatize needs a dptrain.core.entropy.Key: Key.from_entropy() makes one.")
+    spec = mechanism.step(0) if isinstance(mechanism, Mechanism) else mechanism
+    if not isinstance(spec, StepSpec):
+        raise TypeError("privatize needs a Mechanism or the StepSpec of this step.")
+    if isinstance(mechanism, Mechanism) and len(mechanism.segments) > 1:
+        raise ValueError("this mechanism changes from step to step: pass mechanism.step(i).")
+    bounded = math.isfinite(clipped_sum.clip_norm)
+    if bounded and not math.isclose(clipped_sum.clip_norm, spec.sensitivity, rel_tol=1e-12):
+        raise ValueError(
+            f"the sum was clipped to {clipped_sum.clip_norm}, but the mechanism accounts for "
+            f"{spec.sensitivity}: use the mechanism's clip norm in clipped_grad."
+        )
+    if not bounded and spec.noise_multiplier > 0:
+        raise ValueError("a sum that was not clipped cannot be made private by noise.")
+    sums = {name: g.clone() for name, g in clipped_sum.grads.items()}
+    add_noise_(sums, spec.noise_stddev, key)
+    if sums:
+        torch._foreach_mul_(list(sums.values()), 1.0 / spec.expected_batch_size)
+    return PrivateGradient(sums, spec, key.reproducible, _DOOR)
+
+
+def apply(optimizer: torch.optim.Optimizer, model: nn.Module, gradient: PrivateGradient) -> None:
+    """Take an optimizer step with a private gradient; ``.grad`` fields are empty afterwards.
+
+    Raises:
+        TypeError: anything but a ``PrivateGradient``.
+        ValueError: the gradient is for other parameters than the model's trainable ones.
+    """
+    if not isinstance(gradient, PrivateGradient):
+        raise TypeError(
+            f"an optimizer step takes a PrivateGradient and was given {type(gradient).__name__}: "
+            "pass the clipped sum through privatize first."
+        )
+    parameters = trainable(model)
+    if parameters.keys() != gradient.grads.keys():
+        raise ValueError("the private gradient is for other parameters than the model's trainable ones.")
+    for name, p in parameters.items():
+        p.grad = gradient.grads[name].to(p.dtype)
+    try:
+        optimizer.step()
+    finally:
+        for p in parameters.values():
+            p.grad = None

@@ -1,0 +1,190 @@
+"""A use: an operation in which a parameter-only value meets data.
+
+A rule says how the gradient with respect to that value is formed from what the operation saw
+(its other operand ``a`` and the gradient ``g`` of its output). Two families cover everything:
+
+* *outer* uses, whose gradient is a sum over positions of outer products (linear maps,
+  convolutions, table look-ups). They have a Gram form, so their norm needs no gradient.
+* *direct* uses, whose per-example gradient is a reduction of ``g`` (biases, scales, anything that
+  was broadcast against data, the generic rule).
+
+Canonical shapes, after Dangel et al.'s curvlinops: ``rows [B, E, T, R]`` and ``cols [B, E, T, C]``
+with B examples, E groups, T positions; the gradient of example b is
+``sum_t rows[b, e, t, :] (x) cols[b, e, t, :]`` of shape ``[E, R, C]``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..layout import Layout
+
+
+class Factors(NamedTuple):
+    """Canonical factors of an outer use: ``rows [B, E, T, R]``, ``cols [B, E, T, C]``."""
+
+    rows: Tensor
+    cols: Tensor
+
+
+class Size(NamedTuple):
+    """What costs depend on, per example: groups E, positions T, rows R, cols C."""
+
+    groups: int
+    positions: int
+    rows: int
+    cols: int
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """To float32 or better: norms and clipped sums are never formed in a compute type (rule 7)."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a use's gradient is formed. Equal rules on equal shapes cost the same."""
+
+    #: the last axes of ``g`` that are features and so cannot hold the examples
+    features = 0
+
+    @property
+    def kind(self) -> str:
+        return type(self).__name__.lower()
+
+    def has_gram(self, layout: Layout) -> bool:
+        """Whether the norm has a Gram form where the examples lie as ``layout`` says."""
+        return False
+
+    def size(self, value: torch.Size, a: Tensor | None, g: Tensor, batch_size: int) -> Size | None:
+        """Canonical size of an outer use, None for a direct one."""
+        return None
+
+    def factors(self, a: Tensor | None, g: Tensor, layout: Layout, batch_size: int) -> Factors:
+        raise NotImplementedError(f"{self.kind} has no outer-product form")
+
+    def example_gradients(
+        self, value: torch.Size, a: Tensor | None, g: Tensor, layout: Layout, batch_size: int
+    ) -> Tensor:
+        """Per-example gradients ``[B, *value]`` in float32 or better."""
+        raise NotImplementedError
+
+    def squared_norms(
+        self, a: Tensor | None, g: Tensor, layout: Layout, batch_size: int
+    ) -> tuple[Tensor, Tensor]:
+        """Squared norms ``[B]`` by the Gram form and a bound ``[B]`` on their rounding error."""
+        raise NotImplementedError(f"{self.kind} has no Gram form")
+
+    def contract(
+        self,
+        value: torch.Size,
+        a: Tensor | None,
+        g: Tensor,
+        weights: Tensor | None,
+        layout: Layout,
+        batch_size: int,
+    ) -> Tensor:
+        """Sum over examples, each weighted by ``weights [B]`` (None: already in ``g``)."""
+        gradients = self.example_gradients(value, a, g, layout, batch_size)
+        return weighted_sum(gradients, weights)
+
+    def zero_rows(
+        self, a: Tensor | None, g: Tensor, keep: Tensor, layout: Layout
+    ) -> tuple[Tensor | None, Tensor]:
+        """Both operands with the rows of the examples not in ``keep [B]`` set to zero.
+
+        A product with zero is not enough: 0 * NaN is NaN (rule 4).
+        """
+        clean = torch.where(layout.per_row(keep, g.dim()), g, torch.zeros((), dtype=g.dtype, device=g.device))
+        if a is not None and a.is_floating_point():
+            a = torch.where(layout.per_row(keep, a.dim()), a, torch.zeros((), dtype=a.dtype, device=a.device))
+        return a, clean
+
+
+def weighted_sum(gradients: Tensor, weights: Tensor | None) -> Tensor:
+    """``sum_b weights[b] gradients[b]``, shape ``gradients.shape[1:]``."""
+    if weights is None:
+        return gradients.sum(0)
+    flat = gradients.reshape(gradients.shape[0], -1)
+    return (weights.to(flat.dtype) @ flat).reshape(gradients.shape[1:])
+
+
+def gamma(terms: int, dtype: torch.dtype) -> float:
+    """Higham's bound gamma_n = n u / (1 - n u) on the relative error of a sum of n products.
+
+    Higham, *Accuracy and Stability of Numerical Algorithms* (2002), Lemma 3.1: it holds for every
+    order of summation.
+    """
+    u = torch.finfo(dtype).eps / 2
+    return terms * u / (1 - terms * u)
+
+
+def gram_squared_norms(factors: Factors) -> tuple[Tensor, Tensor]:
+    """``||sum_t r_t c_t^T||_F^2 = <R R^T, C C^T>`` per example, with a bound on its error.
+
+    Goodfellow (2015), arXiv 1510.01799 for T = 1; Li et al. (2022), arXiv 2110.05679 for
+    sequences. The terms cancel, so rounding is bounded and not hoped for: an entry of R R^T is off
+    by at most gamma_R ||r_t|| ||r_s|| (Cauchy-Schwarz on Higham's componentwise bound), likewise
+    for C, and the sum over T^2 terms by gamma_{T^2} of its absolute value.
+    """
+    rows, cols = widen(factors.rows), widen(factors.cols)
+    positions = rows.shape[2]
+    dtype = rows.dtype
+    if positions == 1:
+        r2, c2 = rows.square().sum(3), cols.square().sum(3)  # [B, E, 1]
+        squared = (r2 * c2).sum((1, 2))
+        return squared, gamma(rows.shape[3] + cols.shape[3] + rows.shape[1], dtype) * squared
+    rr, cc = rows @ rows.mT, cols @ cols.mT  # [B, E, T, T]
+    r = rr.diagonal(dim1=2, dim2=3).clamp(min=0).sqrt()
+    c = cc.diagonal(dim1=2, dim2=3).clamp(min=0).sqrt()
+    product = rr * cc
+    squared = product.sum((1, 2, 3))
+    magnitude = product.abs_().sum((1, 2, 3))
+    # |rr - RR^T| |cc| + |RR^T| |cc - CC^T| <= gamma_R r r^T |cc| + gamma_C c c^T |rr|
+    wrong_r = torch.einsum("bet,bets,bes->b", r, cc.abs_(), r)
+    wrong_c = torch.einsum("bet,bets,bes->b", c, rr.abs_(), c)
+    bound = (
+        gamma(rows.shape[3] + 2, dtype) * wrong_r
+        + gamma(cols.shape[3] + 2, dtype) * wrong_c
+        + gamma(rows.shape[1] * positions * positions, dtype) * magnitude
+    )
+    return squared, bound
+
+
+def reduce_to(gradient: Tensor, aligned: tuple[int, ...], layout: Layout, batch_size: int) -> Tensor:
+    """Per-example gradients of a value that was broadcast from ``aligned`` to ``gradient.shape``.
+
+    Returns ``[B, *aligned]``. Where the value itself varies along the axis of the examples (a
+    position table expanded and then transformed), row b of the result keeps only its own rows.
+    """
+    axis = layout.axis
+    ndim = gradient.dim()
+    split = layout.split(gradient, batch_size)  # [B, ..., outer, inner, ...]
+    if aligned[axis] == 1:
+        summed = [d for d in range(ndim) if aligned[d] == 1 and d != axis]
+        dims = [d + 1 if d < axis else d + 2 for d in summed] + [axis + 1, axis + 2]
+        return split.sum(dims, dtype=widen(gradient[:0]).dtype).reshape(batch_size, *aligned)
+    rows = torch.zeros(batch_size, *gradient.shape, dtype=widen(gradient[:0]).dtype, device=gradient.device)
+    examples = torch.arange(batch_size, device=gradient.device)
+    # examples_of[b] is a view of rows[b] with the axis unfolded; its own slot receives its rows
+    unfolded = rows.reshape(
+        batch_size,
+        *gradient.shape[:axis],
+        layout.outer,
+        batch_size,
+        layout.inner,
+        *gradient.shape[axis + 1 :],
+    ).movedim(axis + 2, 1)
+    unfolded[examples, examples] = split.to(rows.dtype)
+    summed = [d + 1 for d in range(ndim) if aligned[d] == 1]
+    return (rows.sum(summed) if summed else rows).reshape(batch_size, *aligned)
+
+
+def positions_of(tensor: Tensor, batch_size: int, keep: int) -> int:
+    """Number of positions per example, the last ``keep`` axes being features."""
+    return math.prod(tensor.shape[: tensor.dim() - keep]) // batch_size

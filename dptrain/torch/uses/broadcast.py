@@ -1,0 +1,34 @@
+"""Values that were broadcast against data: biases, scales, tokens, tables, the generic rule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .base import Rule, reduce_to, widen
+
+
+@dataclass(frozen=True)
+class Broadcast(Rule):
+    """A value expanded from ``aligned`` (its shape with leading ones) to the shape of ``g``."""
+
+    aligned: tuple[int, ...] = ()
+
+    def example_gradients(self, value, a, g, layout, batch_size):
+        return reduce_to(g, self.aligned, layout, batch_size).reshape(batch_size, *value)
+
+    def contract(self, value, a, g, weights, layout, batch_size):
+        if weights is not None:
+            g = g * layout.per_row(weights, g.dim())
+        summed = [d for d in range(g.dim()) if self.aligned[d] == 1]
+        total = g.sum(summed, dtype=widen(g[:0]).dtype) if summed else widen(g)
+        return total.reshape(value)
+
+
+@dataclass(frozen=True)
+class PerExample(Rule):
+    """A value that was handed to each example by itself: ``g [B, *value]`` is the answer."""
+
+    def example_gradients(self, value, a, g, layout, batch_size):
+        return g.reshape(batch_size, *value).to(torch.promote_types(g.dtype, torch.float32))

@@ -1,0 +1,92 @@
+"""Linear maps: ``y = x W^T`` (``linear``), ``x W`` (``matmul``), and E of them side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..layout import Layout
+from .base import Factors, Rule, Size, gram_squared_norms, positions_of, reduce_to, widen
+
+
+@dataclass(frozen=True)
+class Linear(Rule):
+    """``a [..., K]``, ``g [..., N]``; the value is ``[N, K]`` or, if ``transposed``, ``[K, N]``."""
+
+    transposed: bool = False
+    features = 1
+
+    def _order(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        return (a, g) if self.transposed else (g, a)
+
+    def has_gram(self, layout: Layout) -> bool:
+        return True
+
+    def size(self, value: torch.Size, a: Tensor | None, g: Tensor, batch_size: int) -> Size:
+        return Size(1, positions_of(g, batch_size, 1), value[0], value[1])
+
+    def _examples(self, a: Tensor, g: Tensor, layout: Layout, batch_size: int) -> tuple[Tensor, Tensor]:
+        rows, cols = self._order(a, g)
+        return (
+            widen(layout.examples_first(rows, batch_size, 1)),
+            widen(layout.examples_first(cols, batch_size, 1)),
+        )
+
+    def factors(self, a: Tensor | None, g: Tensor, layout: Layout, batch_size: int) -> Factors:
+        rows, cols = self._examples(a, g, layout, batch_size)
+        return Factors(rows.unsqueeze(1), cols.unsqueeze(1))
+
+    def squared_norms(self, a, g, layout, batch_size):
+        return gram_squared_norms(self.factors(a, g, layout, batch_size))
+
+    def example_gradients(self, value, a, g, layout, batch_size):
+        rows, cols = self._examples(a, g, layout, batch_size)
+        return torch.bmm(rows.mT, cols)
+
+    def contract(self, value, a, g, weights, layout, batch_size):
+        if weights is not None:
+            g = g * layout.per_row(weights, g.dim())
+        rows, cols = self._order(widen(a), widen(g))
+        return rows.reshape(-1, rows.shape[-1]).mT @ cols.reshape(-1, cols.shape[-1])
+
+
+@dataclass(frozen=True)
+class GroupedLinear(Rule):
+    """E linear maps side by side: ``a [E, ..., K]``, ``g [E, ..., N]``, value ``[E, K, N]``.
+
+    What an einsum or a matmul with a value of three axes becomes; the examples lie on one of the
+    axes between.
+    """
+
+    features = 1
+
+    def has_gram(self, layout: Layout) -> bool:
+        return layout.axis > 0
+
+    def size(self, value: torch.Size, a: Tensor | None, g: Tensor, batch_size: int) -> Size:
+        return Size(value[0], positions_of(g, batch_size, 1) // value[0], value[1], value[2])
+
+    def factors(self, a: Tensor | None, g: Tensor, layout: Layout, batch_size: int) -> Factors:
+        def canonical(t: Tensor) -> Tensor:
+            split = layout.split(t, batch_size)  # [B, E, ..., F]
+            return widen(split.reshape(batch_size, t.shape[0], -1, t.shape[-1]))
+
+        return Factors(canonical(a), canonical(g))
+
+    def squared_norms(self, a, g, layout, batch_size):
+        return gram_squared_norms(self.factors(a, g, layout, batch_size))
+
+    def example_gradients(self, value, a, g, layout, batch_size):
+        if layout.axis == 0:  # each group belongs to one example: all others get zero
+            whole = self.contract(value, a, g, None, layout, batch_size)
+            return reduce_to(whole, tuple(value), layout, batch_size)
+        rows, cols = self.factors(a, g, layout, batch_size)
+        return rows.mT @ cols
+
+    def contract(self, value, a, g, weights, layout, batch_size):
+        if weights is not None:
+            g = g * layout.per_row(weights, g.dim())
+        rows, cols = widen(a).flatten(1, -2), widen(g).flatten(1, -2)
+        return rows.mT @ cols

@@ -1,0 +1,229 @@
+"""Everything that defines a run, as flat data that a file or flags can state."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+OptimizerName = Literal["sgd", "momentum", "adam", "adamw"]
+ScheduleName = Literal["constant", "linear", "cosine"]
+PrecisionName = Literal["fp32", "tf32", "bf16"]
+NormalizationName = Literal["auto", "half", "imagenet", "none"]
+AccountantName = Literal["pld", "rdp"]
+
+
+PATHS = ("data_dir", "weights", "out")
+ALTERNATIVES = (("epsilon", "noise_multiplier"), ("epochs", "steps"))
+"""Pairs of settings of which exactly one is given."""
+
+
+class ConfigError(ValueError):
+    """A run cannot be done as asked. The message says what was wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. The defaults train on scikit-learn's digits in seconds."""
+
+    # Data
+    data: str = "digits"
+    """digits, mnist, fashion-mnist, cifar10, cifar100, or an image folder with train/ and test/."""
+    data_dir: Path | None = None
+    """Where data sets lie; by default the environment variable DPTRAIN_DATA, else ./data."""
+    download: bool = False
+    """Fetch the data set into the data directory if it is not there."""
+    image_size: int | None = None
+    """Pixels per side; by default what a timm model was made for, else as stored."""
+    normalization: NormalizationName = "auto"
+    """auto: what the model was made for, else half; half: to [-1, 1]; none: to [0, 1]."""
+    workers: int | None = None
+    """Processes that decode an image folder ahead; by default one per core, up to 8."""
+    validation_fraction: float = 0.0
+    """Part of the training set to hold out and evaluate on; the test set is then not read."""
+
+    # Model
+    model: str = "convnet"
+    """A small network, vit-tiny to -huge, bit-50x1 to -152x4, a timm name, or package:factory."""
+    pretrained: bool = False
+    """Load timm's pre-trained weights from its hub."""
+    weights: Path | None = None
+    """Load weights from this safetensors file."""
+    trainable: str = "all"
+    """all; head; bias (biases, head); norm (normalisation, head); or a regular expression."""
+    cache_features: bool = False
+    """With --trainable head: run the frozen backbone once per example, train on its features."""
+
+    # Privacy
+    epsilon: float | None = 8.0
+    """The budget: the noise is calibrated to it. Give this or --noise-multiplier."""
+    noise_multiplier: float | None = None
+    """Standard deviation of the noise, in clip norms. Give this or --epsilon."""
+    delta: float = 1e-4
+    """The other half of the budget; well below 1 / (number of training examples)."""
+    accountant: AccountantName = "pld"
+    """pld: tight; rdp: for comparison with older work."""
+    clip_norm: float = 1.0
+    """Each example's gradient is scaled down to at most this L2 norm."""
+    method: str = "auto"
+    """How per-example gradients are clipped; non-private turns clipping and noise off."""
+    seed: int | None = None
+    """Absent: all randomness from the operating system. Present: the run is marked reproducible."""
+
+    # Optimisation
+    logical_batch_size: float = 512.0
+    """Expected number of examples per step (L); each is drawn with probability L / N."""
+    physical_batch_size: Annotated[int | Literal["auto"], tyro.conf.arg(metavar="INT|auto")] = (
+        "auto"
+    )
+    """Examples computed at once; auto: the smallest within 3 % of the best throughput that fits."""
+    epochs: float | None = None
+    """Expected passes over the data. Give this or --steps."""
+    steps: int | None = 100
+    """Optimizer steps. Give this or --epochs."""
+    lr: float = 0.5
+    """Learning rate."""
+    lr_schedule: ScheduleName = "constant"
+    """How the learning rate changes over the run."""
+    optimizer: OptimizerName = "momentum"
+    """momentum is SGD with momentum 0.9."""
+    weight_decay: float = 0.0
+    """As torch's optimizers apply it."""
+    weight_average: float = 0.0
+    """Decay of an exponential average of the weights, which is then what is saved; 0: none."""
+
+    # Machine
+    device: str = "auto"
+    """cuda, cpu, ..., or auto: a GPU if there is one."""
+    precision: PrecisionName = "fp32"
+    """Compute type; norms, sums and noise are float32 in any case."""
+    compile: bool = False
+    """Compile the forward and backward pass with torch.compile."""
+
+    # Output
+    out: Path | None = None
+    """Run folder; by default runs/ and a name made of data, model and time."""
+    evaluations: int = 10
+    """How often to evaluate over the run."""
+    tensorboard: bool = False
+    """Also write TensorBoard events into the run folder."""
+    show_unprotected: bool = False
+    """Also show training loss, gradient norms and batch sizes, which epsilon does NOT cover."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; `from_dict` undoes it."""
+        return {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """A configuration from file contents over the defaults; unknown keys are refused."""
+        if unknown := sorted(set(values) - {field.name for field in fields(cls)}):
+            raise ConfigError(
+                f"The configuration has no setting {unknown[0]!r}; see `dptrain train --help`."
+            )
+        typed = {
+            name: Path(v) if name in PATHS and v is not None else v for name, v in values.items()
+        }
+        return replace(cls().without_rivals_of(values), **typed)
+
+    def without_rivals_of(self, given: Collection[str]) -> TrainConfig:
+        """This configuration less the settings that those in `given` stand in for.
+
+        Whoever states --noise-multiplier does not want the default --epsilon as well.
+        """
+        dropped: dict[str, Any] = {}
+        for pair in ALTERNATIVES:
+            for mine, other in (pair, pair[::-1]):
+                if other in given and mine not in given:
+                    dropped[mine] = None
+        return replace(self, **dropped)
+
+    def check(self) -> None:
+        """Raise ConfigError for what no data set or model could make sense of."""
+        _check(self)
+
+
+def read_config(path: Path) -> TrainConfig:
+    """A configuration from a .json or .toml file."""
+    if not path.is_file():
+        raise ConfigError(f"There is no configuration file {path}.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} is not valid {path.suffix.lstrip('.') or 'JSON'} ({error})."
+        ) from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a table of settings.")
+    try:
+        return TrainConfig.from_dict(values)
+    except TypeError as error:
+        raise ConfigError(f"{path}: {error}.") from error
+
+
+def _check(config: TrainConfig) -> None:
+    """Refuse what no data set or model could make sense of."""
+    for first, second in ALTERNATIVES:
+        given = [name for name in (first, second) if getattr(config, name) is not None]
+        if len(given) != 1:
+            flags = f"--{first.replace('_', '-')} or --{second.replace('_', '-')}"
+            raise ConfigError(
+                f"Give exactly one of {flags} ({'both' if given else 'neither'} given)."
+            )
+    positive = (
+        "epsilon",
+        "delta",
+        "clip_norm",
+        "logical_batch_size",
+        "epochs",
+        "steps",
+        "lr",
+        "image_size",
+        "evaluations",
+    )
+    for name in positive:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}: give a positive number.")
+    if config.noise_multiplier is not None and config.noise_multiplier <= 0:
+        raise ConfigError(
+            f"--noise-multiplier is {config.noise_multiplier}: give a positive number, or --method "
+            "non-private."
+        )
+    if config.delta >= 1:
+        raise ConfigError(
+            f"--delta is {config.delta}: give a number well below 1 / (number of training "
+            "examples)."
+        )
+    if config.physical_batch_size != "auto" and config.physical_batch_size < 1:
+        raise ConfigError(
+            f"--physical-batch-size is {config.physical_batch_size}: give a positive number or "
+            "auto."
+        )
+    if not 0 <= config.validation_fraction < 1:
+        raise ConfigError(
+            f"--validation-fraction is {config.validation_fraction}: give a number from 0 to below "
+            "1."
+        )
+    if not 0 <= config.weight_average < 1:
+        raise ConfigError(
+            f"--weight-average is {config.weight_average}: give a number from 0 to below 1."
+        )
+    if config.cache_features and config.trainable != "head":
+        raise ConfigError(
+            "--cache-features needs --trainable head: only a frozen backbone has fixed features."
+        )
+    if config.seed is not None and config.seed < 0:
+        raise ConfigError(
+            f"--seed is {config.seed}: give a number of at least 0, or leave it out for secure "
+            "randomness."
+        )

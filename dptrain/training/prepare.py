@@ -1,0 +1,163 @@
+"""From a configuration to everything a run needs; all that can be refused is refused here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from dptrain.core import methods
+from dptrain.core.entropy import Key
+from dptrain.core.mechanism import Mechanism
+from dptrain.data import Dataset, Preprocess, Splits, cache_features, load, stratified
+from dptrain.models import (
+    Preferences,
+    Trainable,
+    WeightReport,
+    build_with_report,
+    preferences,
+    select_trainable,
+    split_head,
+)
+from dptrain.training.config import ConfigError, TrainConfig
+from dptrain.training.device import check_precision, resolve_device
+
+VALIDATION_SEED = 1
+"""The split of --validation-fraction is public and the same in every run."""
+
+NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "half": ((0.5,), (0.5,)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "none": ((0.0,), (1.0,)),
+}
+"""Public constants: (means, standard deviations) per channel."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is ready to start: nothing of the budget is spent yet."""
+
+    config: TrainConfig
+    train: Dataset
+    """Private examples."""
+    held_out: Dataset
+    """Examples for evaluation: the test set, or the held-out part of the training set."""
+    held_out_name: str
+    model: nn.Module
+    """The whole model, as it is saved."""
+    learner: nn.Module
+    """The part that reads `train` and is trained: the model, or its head if features are cached."""
+    trainable: Trainable
+    weights: WeightReport | None
+    mechanism: Mechanism
+    method: str
+    device: torch.device
+    key: Key
+
+    @property
+    def is_private(self) -> bool:
+        return methods.resolve(self.method).is_private
+
+
+def prepare(config: TrainConfig) -> Run:
+    """Load, build, select, calibrate.
+
+    Raises ConfigError, DataError or ModelError (all ValueErrors of one sentence).
+    """
+    config.check()
+    method = methods.resolve(config.method)
+    device = resolve_device(config.device)
+    check_precision(config.precision, device)
+    if config.compile:
+        raise ConfigError("--compile is not offered by this version's engine yet; leave it out.")
+    key = Key.from_entropy() if config.seed is None else Key.from_seed(config.seed)
+
+    wanted = preferences(config.model)
+    splits = load_splits(config, wanted, device)
+    mechanism = make_mechanism(config, len(splits.train), private=method.is_private)
+
+    model, report = _initialised(config, splits, key)
+    model.to(device)
+    trainable = select_trainable(model, config.trainable)
+    learner = model
+    if config.cache_features:
+        backbone, learner = split_head(model)
+        splits = Splits(
+            cache_features(splits.train, backbone), cache_features(splits.test, backbone)
+        )
+    return Run(
+        config=replace(config, method=method.name),
+        train=splits.train,
+        held_out=splits.test,
+        held_out_name=held_out_name(config),
+        model=model,
+        learner=learner,
+        trainable=trainable,
+        weights=report,
+        mechanism=mechanism,
+        method=method.name,
+        device=device,
+        key=key,
+    )
+
+
+def held_out_name(config: TrainConfig) -> str:
+    """What the examples that are evaluated on are called."""
+    return "validation" if config.validation_fraction else "test"
+
+
+def load_splits(config: TrainConfig, wanted: Preferences, device: torch.device) -> Splits:
+    """The training examples and those to evaluate on, preprocessed as the model wants them."""
+    mean, std = (
+        (wanted.mean, wanted.std)
+        if config.normalization == "auto"
+        else NORMALIZATIONS[config.normalization]
+    )
+    preprocess = Preprocess(config.image_size or wanted.image_size, mean, std, wanted.interpolation)
+    splits = load(config.data, config.data_dir, preprocess, device, config.download, config.workers)
+    if not config.validation_fraction:
+        return splits
+    rest, held_out = stratified(splits.train.labels, config.validation_fraction, VALIDATION_SEED)
+    return Splits(splits.train.subset(rest), splits.train.subset(held_out))
+
+
+def make_mechanism(config: TrainConfig, dataset_size: int, private: bool) -> Mechanism:
+    """The mechanism that the configuration asks for, on `dataset_size` training examples."""
+    expected = config.logical_batch_size
+    if expected > dataset_size:
+        raise ConfigError(
+            f"--logical-batch-size is {expected:g}, but there are {dataset_size:,} training "
+            "examples; "
+            "it can be at most that."
+        )
+    sample_rate = expected / dataset_size
+    steps = (
+        config.steps
+        if config.steps is not None
+        else max(1, round((config.epochs or 0) / sample_rate))
+    )
+    constants: dict[str, Any] = {
+        "clip_norm": config.clip_norm,
+        "sample_rate": sample_rate,
+        "steps": steps,
+        "expected_batch_size": expected,
+        "delta": config.delta,
+    }
+    if not private:
+        return Mechanism.constant(noise_multiplier=0.0, **constants)
+    if config.noise_multiplier is not None:
+        return Mechanism.constant(noise_multiplier=config.noise_multiplier, **constants)
+    return Mechanism.calibrate(epsilon=config.epsilon, accountant=config.accountant, **constants)
+
+
+def _initialised(
+    config: TrainConfig, splits: Splits, key: Key
+) -> tuple[nn.Module, WeightReport | None]:
+    """The model, initialised from the run's key; global random state is left as found."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key.child("initialisation").seed64())
+        return build_with_report(
+            config.model, splits.num_classes, splits.input_shape, config.pretrained, config.weights
+        )

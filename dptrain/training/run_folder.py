@@ -1,0 +1,106 @@
+"""The files of a run."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import nn
+
+from dptrain.training.config import ConfigError, TrainConfig, read_config
+
+CONFIG, METRICS, WEIGHTS, SUMMARY, LEDGER, CURVES = (
+    "config.json",
+    "metrics.jsonl",
+    "model.safetensors",
+    "summary.json",
+    "ledger.jsonl",
+    "curves.png",
+)
+
+
+class RunFolder:
+    """A folder that holds one run: configuration, metrics, record of releases, weights, summary."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def plan(cls, config: TrainConfig) -> RunFolder:
+        """The folder that a run will write to; nothing is made yet.
+
+        Raises ConfigError if it holds a run already: a run is never overwritten.
+        """
+        path = config.out or Path("runs") / _default_name(config)
+        if (path / CONFIG).exists():
+            raise ConfigError(f"{path} already holds a run; choose another --out, or remove it.")
+        return cls(path)
+
+    def create(self, config: TrainConfig) -> None:
+        """Make the folder and write the configuration that repeats the run."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"The run folder {self.path} cannot be made ({error.strerror}); choose another "
+                "--out."
+            ) from error
+        # A repeat must not fall into this folder.
+        self._write(CONFIG, config.to_dict() | {"out": None})
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """An existing run. Raises ConfigError if there is none."""
+        for name in (CONFIG, WEIGHTS):
+            if not (path / name).is_file():
+                raise ConfigError(f"{path} is not a finished run: it has no {name}.")
+        return cls(path)
+
+    @property
+    def config(self) -> TrainConfig:
+        return read_config(self.path / CONFIG)
+
+    @property
+    def weights(self) -> Path:
+        return self.path / WEIGHTS
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / LEDGER
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        """Add one JSON line; an infinite or undefined number becomes null."""
+        with (self.path / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+
+    def save_model(self, model: nn.Module) -> None:
+        """Write all parameters and buffers, shared ones once under each name."""
+        state = {
+            name: value.detach().cpu().contiguous().clone()
+            for name, value in model.state_dict().items()
+        }
+        save_file(state, self.weights)
+
+    def save_summary(self, summary: dict[str, Any], name: str = SUMMARY) -> None:
+        self._write(name, summary)
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        text = json.dumps(_finite(content), indent=2, allow_nan=False)
+        (self.path / name).write_text(text + "\n", encoding="utf-8")
+
+
+def _default_name(config: TrainConfig) -> str:
+    model = config.model.replace(":", ".")
+    return f"{Path(config.data).name}-{model}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,102 @@
+import pytest
+
+from dptrain.cli import main
+from dptrain.cli.train import parse
+from dptrain.recipes import RECIPES
+from dptrain.training import TrainConfig
+
+QUICK = ["--model", "linear", "--steps", "3", "--physical-batch-size", "128"]
+
+
+def test_defaults():
+    assert parse([]) == TrainConfig()
+
+
+def test_flags_over_a_file_over_the_defaults(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('model = "mlp"\nlr = 0.25\n')
+    config = parse(["--config", str(path), "--lr", "0.125"])
+    assert (config.model, config.lr, config.clip_norm) == ("mlp", 0.125, TrainConfig().clip_norm)
+
+
+def test_a_flag_replaces_its_rival():
+    config = parse(["--noise-multiplier", "2", "--epochs=3"])
+    assert (config.epsilon, config.noise_multiplier) == (None, 2.0)
+    assert (config.epochs, config.steps) == (3.0, None)
+    config.check()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_sound_and_can_be_overridden(name):
+    config = parse(["--recipe", name, "--noise-multiplier", "3"])
+    config.check()
+    assert (config.epsilon, config.noise_multiplier) == (None, 3.0)
+    assert parse(["--recipe", name]).epsilon is not None
+
+
+def test_the_paper_takes_four_steps():
+    for name in ("vit-base-cifar100", "bit-resnet-cifar100"):
+        config = RECIPES[name]()
+        assert round(config.epochs / (config.logical_batch_size / 50_000)) == 4
+
+
+def test_train_then_evaluate(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["train", *QUICK, "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    for quantity in ("epsilon spent", "delta", "sample rate q", "noise multiplier", "sensitivity"):
+        assert quantity in shown
+    assert "UNPROTECTED" not in shown
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["evaluate", str(out)]) == 0
+    assert (out / "evaluation.json").is_file()
+
+
+def test_unprotected_values_are_labelled(tmp_path, capsys):
+    assert main(["train", *QUICK, "--out", str(tmp_path / "run"), "--show-unprotected"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("UNPROTECTED") >= 3
+
+
+def test_the_absence_of_privacy_is_said(tmp_path, capsys):
+    assert main(["train", *QUICK, "--method", "non-private", "--out", str(tmp_path / "r")]) == 0
+    assert "epsilon = inf" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--data", "no-such-data"], "no data set or image folder"),
+        (["train", "--model", "no-such-model"], "no model 'no-such-model'"),
+        (["train", "--method", "no-such-method"], "choose one of"),
+        (["train", "--epsilon", "1", "--noise-multiplier", "1"], "exactly one of"),
+        (["train", "--logical-batch-size", "5000"], "at most that"),
+        (["train", "--recipe", "no-such-recipe"], "no recipe"),
+        (["train", "--config", "no-such-file"], "no configuration file"),
+        (["train", "--compile"], "not offered"),
+        (["evaluate", "no-such-run"], "not a finished run"),
+        (["privacy", "--delta", "-1", "--steps", "3", "--epsilon", "1"], "sample rate"),
+        (["no-such-command"], "no command"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(arguments, message, capsys, tmp_path):
+    if arguments[0] == "train":
+        arguments = [*arguments, "--out", str(tmp_path / "run")]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in " ".join(error.split())
+    assert "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_flags_that_do_not_parse_exit_with_2():
+    with pytest.raises(SystemExit) as exit_info:
+        main(["train", "--lr", "fast"])
+    assert exit_info.value.code == 2
+
+
+def test_privacy_answers(capsys):
+    arguments = ["--delta", "1e-5", "--noise-multiplier", "8", "--steps", "200"]
+    arguments += ["--sample-rate", "0.5"]
+    assert main(["privacy", *arguments]) == 0
+    assert "epsilon = 3.8379" in capsys.readouterr().out
