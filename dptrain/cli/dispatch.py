@@ -32,9 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     errors = Console(stderr=True, soft_wrap=True)
     if name not in COMMANDS:
-        errors.print(
-            f"[bold red]error:[/] there is no command {name!r}; choose from {', '.join(COMMANDS)}."
-        )
+        errors.print(f"[bold red]error:[/] there is no command {name!r}; choose from {', '.join(COMMANDS)}.")
         return BAD_INPUT
     # A model may be named by an import path from here, which an installed script does not search.
     if "" not in sys.path:
@@ -45,9 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return command.run(rest)
     except KeyboardInterrupt:
         errors.print(
-            "Interrupted; no step was taken and nothing was spent."
-            if name == "train"
-            else "Interrupted."
+            "Interrupted; no step was taken and nothing was spent." if name == "train" else "Interrupted."
         )
         return INTERRUPTED
     except command.BAD_INPUT_ERRORS as error:
@@ -62,10 +58,7 @@ def _sentence(error: Exception) -> str:
 
 
 def _print_help() -> None:
-    print(
-        "usage: dptrain COMMAND [OPTIONS]\n\nDifferentially private deep learning at non-private "
-        "speed.\n"
-    )
+    print("usage: dptrain COMMAND [OPTIONS]\n\nDifferentially private deep learning at non-private speed.\n")
     for name, summary in COMMANDS.items():
         print(f"  {name:<10} {summary}")
     print("\n`dptrain COMMAND --help` lists the options of a command.")

@@ -71,9 +71,7 @@ class RunDisplay:
             self._console.print(
                 f"Physical batch size {size} (measured on stand-in data: {seen}).", highlight=False
             )
-        self._console.print(
-            "Speed below is steps/s times the public expected batch size.", style="dim"
-        )
+        self._console.print("Speed below is steps/s times the public expected batch size.", style="dim")
         self._task = self._progress.add_task("training", total=self._steps, state="")
         self._progress.start()
 
@@ -82,9 +80,7 @@ class RunDisplay:
         state = f"{_epsilon(epsilon)}  {examples_per_s:,.0f}/s{self._accuracy}"
         self._progress.update(self._task, completed=step.number, state=state)
         if step.unprotected is not None:
-            self._progress.console.print(
-                _unprotected(step.number, step.unprotected), highlight=False
-            )
+            self._progress.console.print(_unprotected(step.number, step.unprotected), highlight=False)
 
     def evaluated(self, step: int, score: Score, epsilon: float) -> None:
         self._accuracy = f"  {self._held_out_name} {score.accuracy:.1%}"
@@ -104,7 +100,8 @@ def show_plan(console: Console, run: Run, folder: RunFolder) -> None:
     table.add_row("model", escape(f"{config.model}, training {run.trainable}"))
     if run.weights is not None:
         table.add_row("weights", escape(f"{config.weights}: {run.weights}"))
-    table.add_row("optimizer", f"{config.optimizer}, lr {config.lr:g} {config.lr_schedule}")
+    average = f", weights averaged ({config.weight_average:g})" if config.weight_average else ""
+    table.add_row("optimizer", f"{config.optimizer}, lr {config.lr:g} {config.lr_schedule}{average}")
     table.add_row(
         "batches",
         f"Poisson, {mechanism.expected_batch_size:g} expected (q = {mechanism.sample_rate:.4g}), "
@@ -123,9 +120,7 @@ def show_plan(console: Console, run: Run, folder: RunFolder) -> None:
         if run.key.reproducible
         else "operating system",
     )
-    table.add_row(
-        "device", f"{run.device}, {config.precision}{', compiled' if config.compile else ''}"
-    )
+    table.add_row("device", f"{run.device}, {config.precision}{', compiled' if config.compile else ''}")
     table.add_row("run folder", escape(str(folder.path)))
     console.print(table)
     if run.is_private and mechanism.delta is not None and mechanism.delta * len(run.train) >= 1:
@@ -135,8 +130,7 @@ def show_plan(console: Console, run: Run, folder: RunFolder) -> None:
         )
     if config.show_unprotected:
         console.print(
-            f"[bold yellow]note:[/] values marked {UNPROTECTED} reveal private data; keep them to "
-            "yourself."
+            f"[bold yellow]note:[/] values marked {UNPROTECTED} reveal private data; keep them to yourself."
         )
 
 
@@ -154,9 +148,7 @@ def show_outcome(console: Console, outcome: Outcome) -> None:
     table.add_row("method", run.method)
     if run.is_private:
         table.add_section()
-        table.add_row(
-            "epsilon spent", f"[bold]{outcome.epsilon:.4g}[/] after {outcome.steps:,} steps"
-        )
+        table.add_row("epsilon spent", f"[bold]{outcome.epsilon:.4g}[/] after {outcome.steps:,} steps")
         for name, value in run.mechanism.describe(run.config.accountant).items():
             if name == "epsilon":
                 name = "epsilon of the whole run"
@@ -165,9 +157,7 @@ def show_outcome(console: Console, outcome: Outcome) -> None:
             "randomness",
             "from --seed: reproducible" if run.key.reproducible else "operating system",
         )
-        table.add_row(
-            "covered by epsilon", "the saved weights and every value shown without a mark"
-        )
+        table.add_row("covered by epsilon", "the saved weights and every value shown without a mark")
     else:
         table.add_row("privacy", "[bold red]none: epsilon = inf[/]")
     table.add_section()

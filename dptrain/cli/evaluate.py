@@ -39,8 +39,7 @@ def _evaluate(
         folder, name, score = rescore(run, data_dir, device)
     folder.save_summary({"on": name, **asdict(score)}, "evaluation.json")
     console.print(
-        f"{name} accuracy [bold]{score.accuracy:.2%}[/], loss {score.loss:.4f}, {score.examples:,} "
-        "examples"
+        f"{name} accuracy [bold]{score.accuracy:.2%}[/], loss {score.loss:.4f}, {score.examples:,} examples"
     )
     console.print(f"written to {folder.path / 'evaluation.json'}", highlight=False)
     return 0

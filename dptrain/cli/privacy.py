@@ -73,9 +73,7 @@ def _privacy(
         }
         print(json.dumps(record, indent=2))
         return 0
-    table = Table(
-        title="Privacy", title_justify="left", show_header=False, box=None, pad_edge=False
-    )
+    table = Table(title="Privacy", title_justify="left", show_header=False, box=None, pad_edge=False)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in described.items():

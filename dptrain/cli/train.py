@@ -69,8 +69,6 @@ def _split_off_sources(arguments: Sequence[str]) -> tuple[Path | None, str | Non
 def _given(arguments: Sequence[str]) -> set[str]:
     """Which settings of `ALTERNATIVES` the flags state."""
     stated = {
-        argument.split("=")[0].lstrip("-").replace("-", "_")
-        for argument in arguments
-        if argument[:2] == "--"
+        argument.split("=")[0].lstrip("-").replace("-", "_") for argument in arguments if argument[:2] == "--"
     }
     return stated.intersection(name for pair in ALTERNATIVES for name in pair)

@@ -39,9 +39,7 @@ class CifarSource:
         """(images [N, 3, 32, 32] uint8, labels [N] int64) of train and of test."""
         for folder in (data_dir / self.binary_folder, data_dir):
             if (folder / self.binary_train[0]).is_file():
-                return self._binary(folder, self.binary_train), self._binary(
-                    folder, self.binary_test
-                )
+                return self._binary(folder, self.binary_train), self._binary(folder, self.binary_test)
         pickles = data_dir / self.torchvision_class.base_folder
         if pickles.is_dir():
             cls = self.torchvision_class
@@ -59,16 +57,12 @@ class CifarSource:
 
     def _binary(self, folder: Path, files: tuple[str, ...]) -> Arrays:
         parts = [read_binary(folder / file, self.label_bytes) for file in files]
-        return torch.cat([images for images, _ in parts]), torch.cat(
-            [labels for _, labels in parts]
-        )
+        return torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
 
     def _pickled(self, folder: Path, files: list[list[str]]) -> Arrays:
         parts = [read_verified_pickle(folder / file, md5) for file, md5 in files]
         images = np.concatenate([np.asarray(part["data"], dtype=np.uint8) for part in parts])
-        labels = np.concatenate(
-            [np.asarray(part[self.label_key], dtype=np.int64) for part in parts]
-        )
+        labels = np.concatenate([np.asarray(part[self.label_key], dtype=np.int64) for part in parts])
         return torch.from_numpy(images.reshape(-1, CHANNELS, SIZE, SIZE)), torch.from_numpy(labels)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from urllib.error import URLError
 
@@ -26,7 +27,7 @@ def fetch_archive(url: str, folder: Path, md5: str) -> None:
     _guarded(lambda: download_and_extract_archive(url, str(folder), md5=md5), url)
 
 
-def _guarded(download, url: str) -> None:
+def _guarded(download: Callable[[], None], url: str) -> None:
     try:
         download()
     except (URLError, RuntimeError, OSError) as error:

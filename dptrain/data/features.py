@@ -16,9 +16,7 @@ class Features:
     on the images.
     """
 
-    def __init__(
-        self, name: str, features: torch.Tensor, labels: torch.Tensor, num_classes: int
-    ) -> None:
+    def __init__(self, name: str, features: torch.Tensor, labels: torch.Tensor, num_classes: int) -> None:
         self.name = name
         self.num_classes = num_classes
         self.input_shape: tuple[int, ...] = tuple(features.shape[1:])
@@ -68,9 +66,7 @@ def cache_features(
         labels.append(batch_labels)
         if on_progress is not None:
             on_progress(len(batch_labels))
-    return Features(
-        f"{dataset.name} (features)", torch.cat(rows), torch.cat(labels), dataset.num_classes
-    )
+    return Features(f"{dataset.name} (features)", torch.cat(rows), torch.cat(labels), dataset.num_classes)
 
 
 def in_order(length: int, batch_size: int) -> Iterator[torch.Tensor]:

@@ -82,9 +82,7 @@ class FolderImages:
 
     def subset(self, indices: torch.Tensor) -> FolderImages:
         samples = [self._decoder.samples[index] for index in indices.tolist()]
-        return FolderImages(
-            self.name, samples, self.num_classes, self.preprocess, self.device, self.workers
-        )
+        return FolderImages(self.name, samples, self.num_classes, self.preprocess, self.device, self.workers)
 
     def _finish(self, batch: Batch) -> Batch:
         images, labels = batch
@@ -107,9 +105,7 @@ def decode(path: str, image_size: int) -> torch.Tensor:
         with Image.open(path) as file:
             image = functional.pil_to_tensor(file.convert("RGB"))
     except (UnidentifiedImageError, OSError) as error:
-        raise DataError(
-            f"{path} is not a readable image ({error}); repair or remove it."
-        ) from error
+        raise DataError(f"{path} is not a readable image ({error}); repair or remove it.") from error
     side = min(image.shape[-2:])
     square = functional.center_crop(image, [side, side])
     return functional.resize(square, [image_size, image_size], antialias=True)
@@ -119,20 +115,16 @@ def scan(root: Path) -> tuple[list[str], list[tuple[str, int]], list[tuple[str, 
     """Class names, and the (file, label) samples of train/ and of test/ or val/ under `root`."""
     if not (root / "train").is_dir():
         raise DataError(
-            f"{root} has no folder train/; lay the images out as train/CLASS/*.jpg and "
-            "test/CLASS/*.jpg."
+            f"{root} has no folder train/; lay the images out as train/CLASS/*.jpg and test/CLASS/*.jpg."
         )
     test_folder = next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), None)
     if test_folder is None:
-        raise DataError(
-            f"{root} has neither test/ nor val/; a run needs images that it is not trained on."
-        )
+        raise DataError(f"{root} has neither test/ nor val/; a run needs images that it is not trained on.")
     try:
         train, test = ImageFolder(str(root / "train")), ImageFolder(str(test_folder))
     except FileNotFoundError as error:
         raise DataError(
-            f"{root}: {str(error).splitlines()[0].rstrip('.')}; give every class at least one "
-            "image."
+            f"{root}: {str(error).splitlines()[0].rstrip('.')}; give every class at least one image."
         ) from error
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))

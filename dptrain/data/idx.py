@@ -66,18 +66,14 @@ def read_idx(path: Path, dimensions: int) -> torch.Tensor:
         raise DataError(f"{path} is truncated or damaged ({error}); fetch it again.") from error
     header = 4 * (1 + dimensions)
     if len(content) < header or content[:4] != bytes([0, 0, UNSIGNED_BYTE, dimensions]):
-        raise DataError(
-            f"{path} is not an IDX file of bytes with {dimensions} dimensions; fetch it again."
-        )
+        raise DataError(f"{path} is not an IDX file of bytes with {dimensions} dimensions; fetch it again.")
     shape = np.frombuffer(content, dtype=">i4", count=dimensions, offset=4).tolist()
     if any(size < 0 for size in shape) or len(content) - header != math.prod(shape):
         raise DataError(
             f"{path} announces {'x'.join(map(str, shape))} bytes but holds "
             f"{len(content) - header}; fetch it again."
         )
-    return torch.from_numpy(
-        np.frombuffer(content, dtype=np.uint8, offset=header).reshape(shape).copy()
-    )
+    return torch.from_numpy(np.frombuffer(content, dtype=np.uint8, offset=header).reshape(shape).copy())
 
 
 def _find(folder: Path, stem: str) -> Path | None:
@@ -88,8 +84,7 @@ def _require(folder: Path, stem: str) -> Path:
     path = _find(folder, stem)
     if path is None:
         raise DataError(
-            f"{folder} lacks {stem}(.gz); put the missing file there or add --download in an empty "
-            "folder."
+            f"{folder} lacks {stem}(.gz); put the missing file there or add --download in an empty folder."
         )
     return path
 

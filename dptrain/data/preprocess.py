@@ -33,9 +33,7 @@ class Preprocess:
         if self.image_size is not None and self.image_size < 1:
             raise ValueError(f"image_size is {self.image_size}: give a positive number of pixels.")
         if len(self.mean) != len(self.std) or any(s <= 0 for s in self.std):
-            raise ValueError(
-                "Normalisation needs as many means as standard deviations, all positive."
-            )
+            raise ValueError("Normalisation needs as many means as standard deviations, all positive.")
 
     def output_shape(self, stored: tuple[int, int, int]) -> tuple[int, int, int]:
         """Shape of one processed image for a stored image [C, H, W]."""
@@ -54,9 +52,7 @@ class Preprocess:
         x = images.to(torch.float32) / self.full_scale
         size = self.image_size
         if size is not None and x.shape[-2:] != (size, size):
-            x = functional.interpolate(
-                x, (size, size), mode=self.interpolation, antialias=True
-            ).clamp_(0, 1)
+            x = functional.interpolate(x, (size, size), mode=self.interpolation, antialias=True).clamp_(0, 1)
         return (x - _per_channel(self.mean, x)) / _per_channel(self.std, x)
 
 

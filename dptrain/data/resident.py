@@ -73,13 +73,11 @@ def check_labelled(name: str, images: torch.Tensor, labels: torch.Tensor, num_cl
     """Refuse images and labels that do not belong together."""
     if images.dtype != torch.uint8 or images.dim() != 4:
         raise DataError(
-            f"{name}: images must be uint8 of shape [N, C, H, W], not {images.dtype} "
-            f"{list(images.shape)}."
+            f"{name}: images must be uint8 of shape [N, C, H, W], not {images.dtype} {list(images.shape)}."
         )
     if len(images) != len(labels):
         raise DataError(
-            f"{name}: {len(images)} images but {len(labels)} labels; the files do not belong "
-            "together."
+            f"{name}: {len(images)} images but {len(labels)} labels; the files do not belong together."
         )
     if len(images) == 0:
         raise DataError(f"{name} holds no examples; check the data directory.")

@@ -14,9 +14,7 @@ from dptrain.data.protocol import DataError, Splits
 from dptrain.data.resident import ResidentImages
 
 DATA_DIR_VARIABLE = "DPTRAIN_DATA"
-ARCHIVED = {
-    source.name: source for source in (idx.MNIST, idx.FASHION_MNIST, cifar.CIFAR10, cifar.CIFAR100)
-}
+ARCHIVED = {source.name: source for source in (idx.MNIST, idx.FASHION_MNIST, cifar.CIFAR10, cifar.CIFAR100)}
 NAMES = ("digits", *ARCHIVED)
 
 
@@ -66,13 +64,9 @@ def load(
     )
 
 
-def _resident(
-    name, arrays, num_classes: int, preprocess: Preprocess, device: torch.device | str
-) -> Splits:
+def _resident(name, arrays, num_classes: int, preprocess: Preprocess, device: torch.device | str) -> Splits:
     (train_images, train_labels), (test_images, test_labels) = arrays
     return Splits(
-        ResidentImages(
-            f"{name} train", train_images, train_labels, num_classes, preprocess, device
-        ),
+        ResidentImages(f"{name} train", train_images, train_labels, num_classes, preprocess, device),
         ResidentImages(f"{name} test", test_images, test_labels, num_classes, preprocess, device),
     )

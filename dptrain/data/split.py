@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def stratified(
-    labels: torch.Tensor, fraction: float, seed: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def stratified(labels: torch.Tensor, fraction: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices of a rest and of a held-out part with about `fraction` of each class.
 
     labels: [N] int64. Returns two sorted index tensors that partition range(N). The same labels,

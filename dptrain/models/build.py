@@ -48,8 +48,7 @@ def build_with_report(
     if name in SMALL or ":" in name:
         if pretrained:
             raise ModelError(
-                f"{name} has no published weights; drop --pretrained, or load a file with "
-                "--weights."
+                f"{name} has no published weights; drop --pretrained, or load a file with --weights."
             )
         model = (
             SMALL[name](num_classes, input_shape)
@@ -67,16 +66,10 @@ def _from_timm(name: str, num_classes: int, input_shape: InputShape, pretrained:
     if not timm.is_model(resolved):
         known = [*SMALL, *PAPER_MODELS, *timm.list_models()]
         near = difflib.get_close_matches(name, known, n=3)
-        hint = (
-            f"did you mean {', '.join(near)}?"
-            if near
-            else f"small networks are {', '.join(SMALL)}."
-        )
+        hint = f"did you mean {', '.join(near)}?" if near else f"small networks are {', '.join(SMALL)}."
         raise ModelError(f"There is no model {name!r}; {hint}")
     if len(input_shape) != 3:
-        raise ModelError(
-            f"{name} reads images [C, H, W], but one input has shape {list(input_shape)}."
-        )
+        raise ModelError(f"{name} reads images [C, H, W], but one input has shape {list(input_shape)}.")
     channels, height, width = input_shape
     config = timm.get_pretrained_cfg(resolved)
     arguments: dict[str, object] = {"num_classes": num_classes, "in_chans": channels}
@@ -87,9 +80,7 @@ def _from_timm(name: str, num_classes: int, input_shape: InputShape, pretrained:
         model = timm.create_model(resolved, pretrained=pretrained, **arguments)
     except (RuntimeError, AssertionError, TypeError, ValueError, OSError) as error:
         reason = (
-            str(error).strip().splitlines()[0].rstrip(".")
-            if str(error).strip()
-            else type(error).__name__
+            str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
         )
         raise ModelError(
             f"{resolved} cannot be built for inputs {list(input_shape)}: {reason}; "
@@ -129,9 +120,7 @@ def _imported(path: str, num_classes: int, input_shape: InputShape) -> nn.Module
             f"Cannot import {path} ({error}); write package.module:factory, importable from here."
         ) from error
     if not callable(factory):
-        raise ModelError(
-            f"{path} is not a function; it must be called as factory(num_classes, input_shape)."
-        )
+        raise ModelError(f"{path} is not a function; it must be called as factory(num_classes, input_shape).")
     try:
         model = factory(num_classes, input_shape)
     except Exception as error:
@@ -139,7 +128,5 @@ def _imported(path: str, num_classes: int, input_shape: InputShape) -> nn.Module
             f"{path}({num_classes}, {tuple(input_shape)}) raised {type(error).__name__}: {error}."
         ) from error
     if not isinstance(model, nn.Module):
-        raise ModelError(
-            f"{path} returned a {type(model).__name__}; it must return a torch.nn.Module."
-        )
+        raise ModelError(f"{path} returned a {type(model).__name__}; it must return a torch.nn.Module.")
     return model

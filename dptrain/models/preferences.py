@@ -26,7 +26,5 @@ def preferences(name: str) -> Preferences:
     if config is None:
         return Preferences()
     # A crop is not offered, so that timm's crop_pct plays no part.
-    interpolation = (
-        config.interpolation if config.interpolation in ("bilinear", "bicubic") else "bicubic"
-    )
+    interpolation = config.interpolation if config.interpolation in ("bilinear", "bicubic") else "bicubic"
     return Preferences(config.input_size[-1], tuple(config.mean), tuple(config.std), interpolation)

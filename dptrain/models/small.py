@@ -38,27 +38,29 @@ def linear(num_classes: int, input_shape: InputShape) -> nn.Sequential:
 
 
 def convnet(num_classes: int, input_shape: InputShape) -> nn.Sequential:
-    """Two tanh convolutions and a linear head, for digits of 8 to 28 pixels.
+    """Blocks of convolution, group normalisation, GELU and pooling, and a linear head.
 
-    Bounded activations keep per-example gradients even, so that clipping distorts them little
-    (Papernot et al. 2021, "Tempered sigmoid activations for deep learning with differential
-    privacy").
+    There is a block for each halving until at most 7 pixels are left: one for digits of 8 pixels,
+    two for 28. Few parameters mean little noise; normalisation within each example keeps the
+    per-example gradients even, so that clipping distorts them little.
     """
-    channels = input_shape[0]
-    features = nn.Sequential(
-        nn.Conv2d(channels, 32, kernel_size=3, padding=1),
-        nn.Tanh(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, kernel_size=3, padding=1),
-        nn.Tanh(),
-        nn.MaxPool2d(2),
-    )
-    return _with_head("convnet", features, nn.Sequential(), num_classes, input_shape)
+    _require_images("convnet", input_shape)
+    channels, size = input_shape[0], min(input_shape[1:])
+    layers: list[nn.Module] = [nn.LayerNorm(list(input_shape), elementwise_affine=False)]
+    for width in (32, 64, 128, 128, 128):
+        layers += [
+            nn.Conv2d(channels, width, kernel_size=3, padding=1),
+            nn.GroupNorm(width // 8, width),
+            nn.GELU(),
+            nn.MaxPool2d(2),
+        ]
+        channels, size = width, size // 2
+        if size <= 7:
+            break
+    return _with_head("convnet", nn.Sequential(*layers), nn.Sequential(), num_classes, input_shape)
 
 
-def lenet(
-    num_classes: int, input_shape: InputShape, act: Callable[[], nn.Module] = nn.ReLU
-) -> nn.Sequential:
+def lenet(num_classes: int, input_shape: InputShape, act: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
     """The LeNet-style network of DP-SGD tutorials (26,010 parameters on 28 x 28 x 1)."""
     features = nn.Sequential(
         nn.Conv2d(input_shape[0], 16, kernel_size=8, stride=2, padding=3),
@@ -101,9 +103,7 @@ def simple_convnet(num_classes: int, input_shape: InputShape) -> nn.Sequential:
         nn.ReLU(),
         nn.MaxPool2d(2),
     )
-    return _with_head(
-        "simple-convnet", features, _dense([120, 84], nn.ReLU), num_classes, input_shape
-    )
+    return _with_head("simple-convnet", features, _dense([120, 84], nn.ReLU), num_classes, input_shape)
 
 
 def larger_convnet(num_classes: int, input_shape: InputShape) -> nn.Sequential:
@@ -114,9 +114,7 @@ def larger_convnet(num_classes: int, input_shape: InputShape) -> nn.Sequential:
         layers += [nn.Conv2d(channels, width, kernel_size=3, padding=1), nn.ReLU()]
         layers.append(nn.AvgPool2d(2) if index < 3 else nn.AdaptiveAvgPool2d(1))
         channels = width
-    return _with_head(
-        "larger-convnet", nn.Sequential(*layers), nn.Sequential(), num_classes, input_shape
-    )
+    return _with_head("larger-convnet", nn.Sequential(*layers), nn.Sequential(), num_classes, input_shape)
 
 
 def vgg11(num_classes: int, input_shape: InputShape) -> nn.Sequential:
@@ -129,9 +127,7 @@ def vgg11(num_classes: int, input_shape: InputShape) -> nn.Sequential:
         else:
             layers += [nn.Conv2d(channels, int(width), kernel_size=3, padding=1), nn.ReLU()]
             channels = int(width)
-    return _with_head(
-        "vgg11", nn.Sequential(*layers), _dense([4096], nn.ReLU), num_classes, input_shape
-    )
+    return _with_head("vgg11", nn.Sequential(*layers), _dense([4096], nn.ReLU), num_classes, input_shape)
 
 
 SMALL: dict[str, Callable[[int, InputShape], nn.Module]] = {
@@ -151,18 +147,19 @@ def _dense(widths: list[int], act: Callable[[], nn.Module]) -> nn.Sequential:
     return nn.Sequential(*(layer for width in widths for layer in (nn.LazyLinear(width), act())))
 
 
+def _require_images(name: str, input_shape: InputShape) -> None:
+    if len(input_shape) != 3:
+        raise ModelError(
+            f"{name} reads images [C, H, W], but one input has shape {list(input_shape)}; use mlp or linear."
+        )
+
+
 def _with_head(
     name: str, features: nn.Module, dense: nn.Module, num_classes: int, input_shape: InputShape
 ) -> nn.Sequential:
-    if len(input_shape) != 3:
-        raise ModelError(
-            f"{name} reads images [C, H, W], but one input has shape {list(input_shape)}; use mlp "
-            "or linear."
-        )
+    _require_images(name, input_shape)
     model = nn.Sequential(
-        OrderedDict(
-            features=features, flatten=nn.Flatten(), dense=dense, head=nn.LazyLinear(num_classes)
-        )
+        OrderedDict(features=features, flatten=nn.Flatten(), dense=dense, head=nn.LazyLinear(num_classes))
     )
     try:
         # One pass over a blank image gives the lazy layers their widths.
@@ -170,7 +167,6 @@ def _with_head(
             model(torch.zeros(1, *input_shape))
     except RuntimeError as error:
         raise ModelError(
-            f"{name} needs larger images than {input_shape[1]} x {input_shape[2]}; raise "
-            "--image-size."
+            f"{name} needs larger images than {input_shape[1]} x {input_shape[2]}; raise --image-size."
         ) from error
     return model

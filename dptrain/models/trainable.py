@@ -36,8 +36,7 @@ def select_trainable(model: nn.Module, which: str = "all") -> Trainable:
     chosen = {name for name in everything if _matches(model, which, name)}
     if not chosen:
         raise ModelError(
-            f"--trainable {which!r} matches no parameter; names look like "
-            f"{', '.join(list(everything)[:3])}."
+            f"--trainable {which!r} matches no parameter; names look like {', '.join(list(everything)[:3])}."
         )
     for name, parameter in everything.items():
         parameter.requires_grad_(name in chosen)
@@ -60,6 +59,5 @@ def _matches(model: nn.Module, which: str, name: str) -> bool:
         return re.search(which, name) is not None
     except re.error as error:
         raise ModelError(
-            f"--trainable {which!r} is neither all, head, bias, norm nor a regular expression "
-            f"({error})."
+            f"--trainable {which!r} is neither all, head, bias, norm nor a regular expression ({error})."
         ) from error

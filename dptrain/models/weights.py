@@ -37,8 +37,7 @@ class WeightReport:
         ):
             if names:
                 parts.append(
-                    f"{len(names)} {label} "
-                    f"({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
+                    f"{len(names)} {label} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
                 )
         return "; ".join(parts) + "."
 
@@ -51,8 +50,7 @@ def load_weights(model: nn.Module, path: Path | str) -> WeightReport:
     fit: a model that is part pre-trained and part random is never made silently.
     """
     stored = {
-        name: value.float() if value.is_floating_point() else value
-        for name, value in _read(path).items()
+        name: value.float() if value.is_floating_point() else value for name, value in _read(path).items()
     }
     own = model.state_dict()
     prefix = head_prefix(model)
@@ -64,20 +62,14 @@ def load_weights(model: nn.Module, path: Path | str) -> WeightReport:
         if value is not None and value.shape == target.shape:
             target.copy_(value)
             untouched = (
-                name in stored
-                and stored[name].shape == value.shape
-                and torch.equal(stored[name], value)
+                name in stored and stored[name].shape == value.shape and torch.equal(stored[name], value)
             )
             (matched if untouched else adapted).append(name)
         elif name.startswith(prefix):
             target.zero_()
             reset.append(name)
         else:
-            found = (
-                "is missing"
-                if value is None
-                else f"is {list(value.shape)}, not {list(target.shape)}"
-            )
+            found = "is missing" if value is None else f"is {list(value.shape)}, not {list(target.shape)}"
             wrong.append(f"{name} {found}")
     if wrong:
         more = f" and {len(wrong) - 2} more" if len(wrong) > 2 else ""

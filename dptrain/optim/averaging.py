@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 
 def average_of(model: nn.Module, decay: float) -> AveragedModel:
@@ -11,10 +12,15 @@ def average_of(model: nn.Module, decay: float) -> AveragedModel:
 
     Averaging the iterates removes part of the noise at no cost in privacy (De et al. 2022,
     "Unlocking high-accuracy differentially private image classification through scale").
-    decay: in (0, 1); about 1 / (1 - decay) steps are averaged.
+
+    decay: in (0, 1); about 1 / (1 - decay) steps are averaged. After n steps it is at most
+    (1 + n) / (10 + n), so that the average of a short run is not held back by its first weights.
     """
     if not 0 < decay < 1:
-        raise ValueError(
-            f"The decay of the weight average is {decay}: give a number between 0 and 1."
-        )
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        raise ValueError(f"The decay of the weight average is {decay}: give a number between 0 and 1.")
+
+    def towards(average: torch.Tensor, current: torch.Tensor, steps: torch.Tensor | int) -> torch.Tensor:
+        warm = min(decay, (1 + int(steps)) / (10 + int(steps)))
+        return average + (1 - warm) * (current - average)
+
+    return AveragedModel(model, avg_fn=towards)

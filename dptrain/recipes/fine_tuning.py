@@ -16,6 +16,7 @@ PAPER = TrainConfig(
     epochs=2,
     steps=None,
     optimizer="adam",
+    weight_average=0.0,
 )
 """What the runs of arXiv 2406.17298 share: q = 1/2 on CIFAR-100's 50,000 examples, four steps."""
 

@@ -23,7 +23,7 @@ from . import baselines
 from .capture import Capture, Use
 from .errors import Refused
 from .planner import Plan, Route, make_plan
-from .probe import Findings, backward, check_losses, probe, trainable
+from .probe import CHANGING, Findings, backward, check_losses, probe, trainable
 from .pullback import (
     Group,
     Kind,
@@ -325,10 +325,7 @@ def _forward(owner, plan: Plan, parameters, batch, batch_size, sink) -> tuple[Ca
     facts = plan.findings.uses
     trace = [(use.operation, use.rule, use.value.shape) for use in capture.uses]
     if trace != [fact.trace for fact in facts]:
-        raise Refused(
-            "the operations of the model changed since it was probed, so its gradients cannot be "
-            "assigned to examples: make them the same for every batch of one shape."
-        )
+        raise Refused(CHANGING)
     return capture, losses
 
 

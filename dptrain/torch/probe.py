@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +33,10 @@ from .errors import Refused
 from .layout import Layout, candidates, only_rows_of
 from .pullback import Group, group_uses, leaves_of
 
+CHANGING = (
+    "the operations of the model change from call to call, so its gradients cannot be assigned to "
+    "examples: make them the same for every batch of one shape."
+)
 SIZES = (3, 5)
 ATTEMPTS = 4
 
@@ -142,7 +147,9 @@ class _Probe:
         first = rows[order[torch.arange(size) % len(rows)]]
         second = rows[torch.randint(len(rows), (size,), generator=generator)]
         weight = torch.rand(size, generator=generator)
-        jitter = attempt > 0 or len(rows) < 2
+        jitter = attempt > 0 or not any(
+            bool((t[rows[0]] != t[rows[-1]]).any()) for t in leaves if isinstance(t, Tensor)
+        )
         out = []
         for t in leaves:
             if not isinstance(t, Tensor):
@@ -192,7 +199,19 @@ class _Probe:
                 "Freeze the parameters with requires_grad_(False) if they are meant not to learn."
             )
         covered = frozenset(leaf for fact in facts for leaf in fact.leaves)
+        facts = self._at_full_size(facts, layouts)
         return Findings(tuple(facts), tuple(groups), layouts, covered)
+
+    def _at_full_size(self, facts: list[UseFacts], layouts) -> list[UseFacts]:
+        """The facts with the shapes of the real batch size: a value can vary with the examples."""
+        rows = self._stand_ins(self.batch_size, 0)
+        capture, _ = self._forward(rows, self.batch_size, lambda *_: None, layouts)
+        if len(capture.uses) != len(facts):
+            raise Refused(CHANGING)
+        return [
+            dataclasses.replace(fact, rule=use.rule, value=use.value.shape)
+            for fact, use in zip(facts, capture.uses)
+        ]
 
     def _small_sizes(self) -> tuple[int, ...]:
         """Two primes if the model takes any batch size, else the one that it was given."""
@@ -304,10 +323,7 @@ class _Probe:
         def alone(use: Use, a: Tensor | None, g: Tensor) -> None:
             fact = facts[use.index] if use.index < len(facts) else None
             if fact is None or fact.layout is None or not fact.layout.fits(g, size):
-                raise Refused(
-                    "the operations of the model change from call to call, so its gradients cannot "
-                    "be assigned to examples."
-                )
+                raise Refused(CHANGING)
             if not only_rows_of(example[0], g, fact.layout, size):
                 raise Refused(
                     f"examples mix in {use.operation} with {_list(fact.leaves)}: the loss of one "

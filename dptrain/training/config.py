@@ -7,7 +7,8 @@ import tomllib
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -29,7 +30,10 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run. The defaults train on scikit-learn's digits in seconds."""
+    """One training run. The defaults train on scikit-learn's digits in seconds.
+
+    Those of the optimisation were chosen on a validation split of the training digits.
+    """
 
     # Data
     data: str = "digits"
@@ -45,7 +49,7 @@ class TrainConfig:
     workers: int | None = None
     """Processes that decode an image folder ahead; by default one per core, up to 8."""
     validation_fraction: float = 0.0
-    """Part of the training set to hold out and evaluate on; the test set is then not read."""
+    """Part of the training set to hold out and evaluate on, in place of the test set."""
 
     # Model
     model: str = "convnet"
@@ -68,7 +72,7 @@ class TrainConfig:
     """The other half of the budget; well below 1 / (number of training examples)."""
     accountant: AccountantName = "pld"
     """pld: tight; rdp: for comparison with older work."""
-    clip_norm: float = 1.0
+    clip_norm: float = 0.5
     """Each example's gradient is scaled down to at most this L2 norm."""
     method: str = "auto"
     """How per-example gradients are clipped; non-private turns clipping and noise off."""
@@ -78,15 +82,13 @@ class TrainConfig:
     # Optimisation
     logical_batch_size: float = 512.0
     """Expected number of examples per step (L); each is drawn with probability L / N."""
-    physical_batch_size: Annotated[int | Literal["auto"], tyro.conf.arg(metavar="INT|auto")] = (
-        "auto"
-    )
+    physical_batch_size: Annotated[int | Literal["auto"], tyro.conf.arg(metavar="INT|auto")] = "auto"
     """Examples computed at once; auto: the smallest within 3 % of the best throughput that fits."""
     epochs: float | None = None
     """Expected passes over the data. Give this or --steps."""
-    steps: int | None = 100
+    steps: int | None = 150
     """Optimizer steps. Give this or --epochs."""
-    lr: float = 0.5
+    lr: float = 0.6
     """Learning rate."""
     lr_schedule: ScheduleName = "constant"
     """How the learning rate changes over the run."""
@@ -94,7 +96,7 @@ class TrainConfig:
     """momentum is SGD with momentum 0.9."""
     weight_decay: float = 0.0
     """As torch's optimizers apply it."""
-    weight_average: float = 0.0
+    weight_average: float = 0.95
     """Decay of an exponential average of the weights, which is then what is saved; 0: none."""
 
     # Machine
@@ -118,20 +120,15 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; `from_dict` undoes it."""
         return {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in asdict(self).items()
+            name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()
         }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
         """A configuration from file contents over the defaults; unknown keys are refused."""
         if unknown := sorted(set(values) - {field.name for field in fields(cls)}):
-            raise ConfigError(
-                f"The configuration has no setting {unknown[0]!r}; see `dptrain train --help`."
-            )
-        typed = {
-            name: Path(v) if name in PATHS and v is not None else v for name, v in values.items()
-        }
+            raise ConfigError(f"The configuration has no setting {unknown[0]!r}; see `dptrain train --help`.")
+        typed = {name: Path(v) if name in PATHS and v is not None else v for name, v in values.items()}
         return replace(cls().without_rivals_of(values), **typed)
 
     def without_rivals_of(self, given: Collection[str]) -> TrainConfig:
@@ -159,9 +156,7 @@ def read_config(path: Path) -> TrainConfig:
         text = path.read_text(encoding="utf-8")
         values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     except ValueError as error:
-        raise ConfigError(
-            f"{path} is not valid {path.suffix.lstrip('.') or 'JSON'} ({error})."
-        ) from error
+        raise ConfigError(f"{path} is not valid {path.suffix.lstrip('.') or 'JSON'} ({error}).") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a table of settings.")
     try:
@@ -172,13 +167,17 @@ def read_config(path: Path) -> TrainConfig:
 
 def _check(config: TrainConfig) -> None:
     """Refuse what no data set or model could make sense of."""
+    for name, hint in get_type_hints(TrainConfig, include_extras=True).items():
+        if not _fits(getattr(config, name), hint):
+            raise ConfigError(
+                f"--{name.replace('_', '-')} cannot be {getattr(config, name)!r}; "
+                "see `dptrain train --help` for what it takes."
+            )
     for first, second in ALTERNATIVES:
         given = [name for name in (first, second) if getattr(config, name) is not None]
         if len(given) != 1:
             flags = f"--{first.replace('_', '-')} or --{second.replace('_', '-')}"
-            raise ConfigError(
-                f"Give exactly one of {flags} ({'both' if given else 'neither'} given)."
-            )
+            raise ConfigError(f"Give exactly one of {flags} ({'both' if given else 'neither'} given).")
     positive = (
         "epsilon",
         "delta",
@@ -201,29 +200,37 @@ def _check(config: TrainConfig) -> None:
         )
     if config.delta >= 1:
         raise ConfigError(
-            f"--delta is {config.delta}: give a number well below 1 / (number of training "
-            "examples)."
+            f"--delta is {config.delta}: give a number well below 1 / (number of training examples)."
         )
     if config.physical_batch_size != "auto" and config.physical_batch_size < 1:
         raise ConfigError(
-            f"--physical-batch-size is {config.physical_batch_size}: give a positive number or "
-            "auto."
+            f"--physical-batch-size is {config.physical_batch_size}: give a positive number or auto."
         )
     if not 0 <= config.validation_fraction < 1:
         raise ConfigError(
-            f"--validation-fraction is {config.validation_fraction}: give a number from 0 to below "
-            "1."
+            f"--validation-fraction is {config.validation_fraction}: give a number from 0 to below 1."
         )
     if not 0 <= config.weight_average < 1:
-        raise ConfigError(
-            f"--weight-average is {config.weight_average}: give a number from 0 to below 1."
-        )
+        raise ConfigError(f"--weight-average is {config.weight_average}: give a number from 0 to below 1.")
     if config.cache_features and config.trainable != "head":
         raise ConfigError(
             "--cache-features needs --trainable head: only a frozen backbone has fixed features."
         )
     if config.seed is not None and config.seed < 0:
         raise ConfigError(
-            f"--seed is {config.seed}: give a number of at least 0, or leave it out for secure "
-            "randomness."
+            f"--seed is {config.seed}: give a number of at least 0, or leave it out for secure randomness."
         )
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value, perhaps from a file, is of the type that the setting has."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _fits(value, arguments[0])
+    if origin in (Union, UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is Literal:
+        return value in arguments
+    if isinstance(value, bool) or hint is bool:
+        return isinstance(value, bool) and hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)

@@ -28,8 +28,7 @@ def check_precision(precision: str, device: torch.device) -> None:
         return
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         raise ConfigError(
-            "--precision tf32 needs an NVIDIA GPU of the Ampere generation or later; use fp32 or "
-            "bf16."
+            "--precision tf32 needs an NVIDIA GPU of the Ampere generation or later; use fp32 or bf16."
         )
 
 

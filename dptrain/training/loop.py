@@ -87,9 +87,7 @@ def _pieces(run: Run, physical_batch_size: int) -> Iterator[tuple[Batch, torch.T
     The data set may read ahead. Every step has at least one piece: an empty logical batch is one
     piece that is masked throughout.
     """
-    sampler = LogicalSampler(
-        len(run.train), run.mechanism.step(0).sampling, run.key.child("sampling")
-    )
+    sampler = LogicalSampler(len(run.train), run.mechanism.step(0).sampling, run.key.child("sampling"))
     waiting: deque[tuple[PhysicalBatch, bool]] = deque()
 
     def indices() -> Iterator[torch.Tensor]:
@@ -104,9 +102,7 @@ def _pieces(run: Run, physical_batch_size: int) -> Iterator[tuple[Batch, torch.T
         yield batch, torch.from_numpy(piece.mask).to(run.device), is_last
 
 
-def _unprotected(
-    parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], spec: StepSpec
-) -> Unprotected:
+def _unprotected(parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], spec: StepSpec) -> Unprotected:
     mask = torch.cat([mask for _, _, mask in parts])
     size = int(mask.sum())
     if size == 0:

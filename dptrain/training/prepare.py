@@ -84,9 +84,7 @@ def prepare(config: TrainConfig) -> Run:
     learner = model
     if config.cache_features:
         backbone, learner = split_head(model)
-        splits = Splits(
-            cache_features(splits.train, backbone), cache_features(splits.test, backbone)
-        )
+        splits = Splits(cache_features(splits.train, backbone), cache_features(splits.test, backbone))
     return Run(
         config=replace(config, method=method.name),
         train=splits.train,
@@ -111,9 +109,7 @@ def held_out_name(config: TrainConfig) -> str:
 def load_splits(config: TrainConfig, wanted: Preferences, device: torch.device) -> Splits:
     """The training examples and those to evaluate on, preprocessed as the model wants them."""
     mean, std = (
-        (wanted.mean, wanted.std)
-        if config.normalization == "auto"
-        else NORMALIZATIONS[config.normalization]
+        (wanted.mean, wanted.std) if config.normalization == "auto" else NORMALIZATIONS[config.normalization]
     )
     preprocess = Preprocess(config.image_size or wanted.image_size, mean, std, wanted.interpolation)
     splits = load(config.data, config.data_dir, preprocess, device, config.download, config.workers)
@@ -133,11 +129,7 @@ def make_mechanism(config: TrainConfig, dataset_size: int, private: bool) -> Mec
             "it can be at most that."
         )
     sample_rate = expected / dataset_size
-    steps = (
-        config.steps
-        if config.steps is not None
-        else max(1, round((config.epochs or 0) / sample_rate))
-    )
+    steps = config.steps if config.steps is not None else max(1, round((config.epochs or 0) / sample_rate))
     constants: dict[str, Any] = {
         "clip_norm": config.clip_norm,
         "sample_rate": sample_rate,
@@ -152,9 +144,7 @@ def make_mechanism(config: TrainConfig, dataset_size: int, private: bool) -> Mec
     return Mechanism.calibrate(epsilon=config.epsilon, accountant=config.accountant, **constants)
 
 
-def _initialised(
-    config: TrainConfig, splits: Splits, key: Key
-) -> tuple[nn.Module, WeightReport | None]:
+def _initialised(config: TrainConfig, splits: Splits, key: Key) -> tuple[nn.Module, WeightReport | None]:
     """The model, initialised from the run's key; global random state is left as found."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key.child("initialisation").seed64())

@@ -22,9 +22,7 @@ def rescore(
         config = replace(config, data_dir=data_dir)
     device = resolve_device(device_name)
     splits = load_splits(config, preferences(config.model), device)
-    model = build(config.model, splits.num_classes, splits.input_shape, weights=folder.weights).to(
-        device
-    )
+    model = build(config.model, splits.num_classes, splits.input_shape, weights=folder.weights).to(device)
     with matmul_precision(config.precision):
         score = evaluate(model, splits.test, config.precision, device)
     return folder, held_out_name(config), score

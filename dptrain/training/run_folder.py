@@ -46,8 +46,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(
-                f"The run folder {self.path} cannot be made ({error.strerror}); choose another "
-                "--out."
+                f"The run folder {self.path} cannot be made ({error.strerror}); choose another --out."
             ) from error
         # A repeat must not fall into this folder.
         self._write(CONFIG, config.to_dict() | {"out": None})
@@ -80,8 +79,7 @@ class RunFolder:
     def save_model(self, model: nn.Module) -> None:
         """Write all parameters and buffers, shared ones once under each name."""
         state = {
-            name: value.detach().cpu().contiguous().clone()
-            for name, value in model.state_dict().items()
+            name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()
         }
         save_file(state, self.weights)
 

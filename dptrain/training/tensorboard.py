@@ -29,7 +29,6 @@ def open_tensorboard(folder: Path) -> TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ConfigError(
-            "--tensorboard needs the package tensorboard; install it with `pip install "
-            "tensorboard`."
+            "--tensorboard needs the package tensorboard; install it with `pip install tensorboard`."
         ) from error
     return TensorBoard(SummaryWriter(str(folder)))

@@ -67,9 +67,7 @@ class _Session:
             config.optimizer, run.learner.parameters(), config.lr, config.weight_decay
         )
         self.schedule = build_schedule(config.lr_schedule, self.optimizer, run.mechanism.steps)
-        self.average = (
-            average_of(run.learner, config.weight_average) if config.weight_average else None
-        )
+        self.average = average_of(run.learner, config.weight_average) if config.weight_average else None
         self.tensorboard: TensorBoard | None = None
         self.ledger = Ledger(folder.ledger)
         self.started = time.perf_counter()
@@ -77,9 +75,7 @@ class _Session:
     def run_to_end(self) -> Outcome:
         run, config = self.run, self.run.config
         run.learner.train()
-        clipped = dpt.clipped_grad(
-            run.learner, make_loss(run), clip_norm=config.clip_norm, method=run.method
-        )
+        clipped = dpt.clipped_grad(run.learner, make_loss(run), clip_norm=config.clip_norm, method=run.method)
         size = self._physical_batch_size(clipped)
         self.folder.create(config)
         self.tensorboard = open_tensorboard(self.folder.path) if config.tensorboard else None
@@ -97,9 +93,7 @@ class _Session:
                 epsilon = self._epsilon(step.number)
                 self.listener.stepped(step, epsilon, self._examples_per_s(step.number))
                 if step.unprotected is not None:
-                    self._record(
-                        {"event": "unprotected", "step": step.number, **asdict(step.unprotected)}
-                    )
+                    self._record({"event": "unprotected", "step": step.number, **asdict(step.unprotected)})
                 if step.number in due:
                     self._evaluate(epsilon)
         except KeyboardInterrupt:
@@ -149,13 +143,9 @@ class _Session:
         return steps * self.run.mechanism.expected_batch_size / (time.perf_counter() - self.started)
 
     def _evaluate(self, epsilon: float) -> None:
-        if self.average is not None and self.spent:
-            learner = self.average.module
-        else:
-            learner = self.run.learner
-        self.score = evaluate(
-            learner, self.run.held_out, self.run.config.precision, self.run.device
-        )
+        averaged = self.average is not None and self.spent
+        learner = self.average.module if averaged else self.run.learner
+        self.score = evaluate(learner, self.run.held_out, self.run.config.precision, self.run.device)
         self.scored_at = self.spent
         self.listener.evaluated(self.spent, self.score, epsilon)
         self._record(

@@ -49,7 +49,7 @@ def test_position_table_and_patch_kernel_are_adapted(tmp_path):
 def test_weights_of_another_model_are_refused(tmp_path):
     path = save(build("mlp", 10, (1, 8, 8)), tmp_path / "w.safetensors")
     with pytest.raises(
-        ModelError, match=r"does not fit this model: features\.0\.weight is missing"
+        ModelError, match=r"does not fit this model: features\.1\.weight is missing"
     ):
         build("convnet", 10, (1, 8, 8), weights=path)
 

@@ -84,6 +84,40 @@ def test_mixing_models(model):
     assert "examples mix" in refusal(model())
 
 
+class MixingBackward(torch.autograd.Function):
+    """The forward pass keeps examples apart; the backward pass scales by a mean over the batch."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return g * (1 + x.mean())
+
+
+def test_mixing_in_the_backward_pass_alone():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)
+
+        def forward(self, x):
+            return self.head(MixingBackward.apply(self.layer(x)))
+
+    assert "examples mix" in refusal(Model())
+
+
+def test_mixing_in_the_losses_alone():
+    def shifted(model, data):
+        losses = loss_fn(model, data)
+        return losses + losses.mean().detach()
+
+    assert "changes the loss of another" in refusal(nn.Linear(WIDTH, CLASSES), shifted)
+
+
 def test_contrastive_loss():
     def contrastive(model, data):
         z = F.normalize(model(data[0]))

@@ -183,6 +183,21 @@ def test_rule_7_gram_norms_carry_their_error():
         assert (bound > 0.01 * true).any(), "the example does not cancel enough to test anything"
 
 
+@pytest.mark.parametrize("method", ["ghost", "bk-ghost"])
+def test_rule_7_gram_norms_never_understate(method):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 16, bias=False), nn.Tanh(), nn.Linear(16, 3, bias=False))
+    batch = torch.randn(64, 20, 12) + 1, torch.randint(3, (64,))
+
+    def loss(model, batch):
+        return F.cross_entropy(model(batch[0]).mean(1), batch[1].to(batch[1].device), reduction="none")
+
+    got = dpt.clipped_grad(model, loss, clip_norm=1.0, method=method)(batch).norms.double()
+    exact = dpt.clipped_grad(model.double(), loss, clip_norm=1.0, method="per-example")
+    want = exact((batch[0].double(), batch[1])).norms
+    assert (got >= want).all() and (got <= want * 1.005).all()
+
+
 def test_rule_7_doubtful_gram_norms_are_materialised():
     class Cancel(nn.Module):
         def __init__(self):

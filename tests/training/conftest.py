@@ -33,6 +33,9 @@ def quick(tmp_path: Path) -> Callable[..., TrainConfig]:
             "logical_batch_size": 200,
             "physical_batch_size": 64,
             "noise_multiplier": 1.0,
+            "clip_norm": 1.0,
+            "lr": 0.5,
+            "weight_average": 0.0,
             "seed": 1,
             "out": tmp_path / "run",
         }

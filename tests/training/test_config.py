@@ -49,6 +49,11 @@ def test_a_bad_file_is_refused(tmp_path, content, message):
         ({"cache_features": True}, "needs --trainable head"),
         ({"seed": -1}, "--seed is -1"),
         ({"lr": float("nan")}, "--lr is nan"),
+        ({"lr": "fast"}, "--lr cannot be 'fast'"),
+        ({"precision": "fp8"}, "--precision cannot be 'fp8'"),
+        ({"steps": 1.5}, "--steps cannot be 1.5"),
+        ({"download": 1}, "--download cannot be 1"),
+        ({"physical_batch_size": "big"}, "--physical-batch-size cannot be 'big'"),
     ],
 )
 def test_nonsense_is_refused(changes, message):
