@@ -4,7 +4,7 @@ A logical step is ``--accumulate`` physical batches, one draw of noise and one o
 ratio is non-private time over private time, from medians of interleaved repeats; exactness is
 checked in the same run, in float64 against single examples on two of them.
 
-    python benchmarks/step_ratio.py --model vit_tiny_patch16_224 --batch 16 --opacus --out results/x.json
+    python benchmarks/step_ratio.py --model vit_tiny_patch16_224 --batch 16 --opacus --out x.json
 """
 
 from __future__ import annotations
@@ -26,22 +26,27 @@ import dptrain.torch as dpt
 from dptrain.core.entropy import Key
 from dptrain.core.mechanism import Mechanism
 
+BF16 = [False]  # set once by main
+
 
 def loss_fn(model, batch):
-    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+    with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=BF16[0]):
+        logits = model(batch[0])
+    return F.cross_entropy(logits.float() if BF16[0] else logits, batch[1], reduction="none")
 
 
-def build(args, **extra):
+def build(args):
     torch.manual_seed(0)
     options = {"img_size": args.size} if args.size and "vit" in args.model else {}
-    return timm.create_model(args.model, num_classes=100, **options, **extra)
+    return timm.create_model(args.model, num_classes=100, **options).to(args.device)
 
 
 def exactness(args) -> float:
     """Largest relative error of a parameter's clipped sum, float64, three examples."""
     model = build(args).double()
     side = args.size or 224
-    batch = (torch.randn(3, 3, side, side).double(), torch.randint(100, (3,)))
+    images = torch.randn(3, 3, side, side, device=args.device).double()
+    batch = (images, torch.randint(100, (3,), device=args.device))
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     grads = []
     for b in range(3):
@@ -97,7 +102,7 @@ def private(args, batch, method) -> Contestant:
     clipped = dpt.clipped_grad(model, loss_fn, clip_norm=1.0, method=method)
     key = Key.from_entropy()
     state = {"sum": None, "step": 0}
-    mask = torch.ones(args.batch, dtype=torch.bool)
+    mask = torch.ones(args.batch, dtype=torch.bool, device=args.device)
 
     def step():
         part = clipped(batch, mask)
@@ -134,6 +139,12 @@ def opacus(args, batch) -> Contestant:
     return Contestant("opacus", step, end)
 
 
+def now(device: str) -> float:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="vit_tiny_patch16_224")
@@ -143,6 +154,8 @@ def main() -> None:
     parser.add_argument("--accumulate", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32")
     parser.add_argument("--opacus", action="store_true")
     parser.add_argument("--skip-exactness", action="store_true")
     parser.add_argument("--out", type=Path)
@@ -152,19 +165,23 @@ def main() -> None:
     methods = args.method.split(",")
     args.method = methods[0]
     error = None if args.skip_exactness else exactness(args)
+    BF16[0] = args.precision == "bf16"
+    torch.backends.cuda.matmul.allow_tf32 = args.precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     torch.manual_seed(1)
     side = args.size or 224
-    batch = (torch.randn(args.batch, 3, side, side), torch.randint(100, (args.batch,)))
+    images = torch.randn(args.batch, 3, side, side, device=args.device)
+    batch = (images, torch.randint(100, (args.batch,), device=args.device))
     contestants = [non_private(args, batch)] + [private(args, batch, m) for m in methods]
     if args.opacus:
         contestants.append(opacus(args, batch))
     for repeat in range(args.repeats + 1):
         for c in contestants:
-            start = time.perf_counter()
+            start = now(args.device)
             c.step()
-            middle = time.perf_counter()
+            middle = now(args.device)
             c.end()
-            stop = time.perf_counter()
+            stop = now(args.device)
             if repeat:  # the first is a warm-up
                 c.step_s.append(middle - start)
                 # Opacus ends a logical step inside a physical one: only the surplus is the end's

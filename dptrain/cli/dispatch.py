@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -37,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A model may be named by an import path from here, which an installed script does not search.
     if "" not in sys.path:
         sys.path.insert(0, "")
+    # On a machine that others use too, threads that spin while they wait for each other slow a run.
+    # OpenMP reads this when PyTorch loads; whoever set it keeps their choice.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Imported late: the commands need PyTorch, which takes seconds to load.
     command = importlib.import_module(f"dptrain.cli.{name}")
     try:

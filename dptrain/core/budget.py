@@ -149,8 +149,7 @@ def _sample_rate(
         implied = expected_batch_size / dataset_size
     if sample_rate is None and implied is None:
         raise ValueError(
-            "the sample rate is not known; give sample_rate, or expected_batch_size and "
-            "dataset_size."
+            "the sample rate is not known; give sample_rate, or expected_batch_size and dataset_size."
         )
     if sample_rate is None:
         return checks.probability("sample_rate", implied)
@@ -168,5 +167,9 @@ def _steps(steps: int | None, epochs: float | None, rate: float) -> int | None:
         return None if steps is None else checks.whole("steps", steps)
     if steps is not None:
         raise ValueError("give either steps or epochs, not both.")
-    # Forgive the rounding of q: two epochs at q = 0.1 are 20 steps, not 21.
-    return max(1, math.ceil(checks.positive("epochs", epochs) / rate * (1 - 1e-12)))
+    return steps_in(epochs, rate)
+
+
+def steps_in(epochs: float, sample_rate: float) -> int:
+    """The number of steps, at least 1, in which `epochs` passes over the data are expected."""
+    return max(1, round(checks.positive("epochs", epochs) / sample_rate))

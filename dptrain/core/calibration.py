@@ -84,9 +84,7 @@ def most_steps(
     return _last(fits, low)
 
 
-def _solve(
-    overspent: Callable[[float], float], guess: float, tolerance: float, epsilon: float
-) -> float:
+def _solve(overspent: Callable[[float], float], guess: float, tolerance: float, epsilon: float) -> float:
     """A σ at which `overspent`, which falls with σ, lies in [-tolerance, 0]."""
     low, high, at_low, at_high = _bracket(overspent, guess, epsilon)
     # Illinois variant of regula falsi: the bracket always holds the root, so that the
@@ -147,9 +145,7 @@ def _last(fits: Callable[[int], bool], low: int) -> int:
         low, stride = high, stride * 2
         high = low + stride
         if high > _MOST_STEPS:
-            raise ValueError(
-                f"more than {_MOST_STEPS} steps meet this budget; lower the noise multiplier."
-            )
+            raise ValueError(f"more than {_MOST_STEPS} steps meet this budget; lower the noise multiplier.")
     while high - low > 1:
         middle = (low + high) // 2
         if fits(middle):

@@ -18,9 +18,7 @@ def number(name: str, value: Any) -> float:
     try:
         result = float(value)
     except (TypeError, ValueError):
-        raise TypeError(
-            f"{name} must be a number, but it is {value!r}; give a real number."
-        ) from None
+        raise TypeError(f"{name} must be a number, but it is {value!r}; give a real number.") from None
     if not math.isfinite(result):
         raise ValueError(f"{name} must be finite, but it is {result}; give a finite number.")
     return result
@@ -38,9 +36,7 @@ def non_negative(name: str, value: Any) -> float:
     """`value` as a finite float of at least zero."""
     result = number(name, value)
     if result < 0:
-        raise ValueError(
-            f"{name} must not be negative, but it is {result}; give 0 or a positive number."
-        )
+        raise ValueError(f"{name} must not be negative, but it is {result}; give 0 or a positive number.")
     return result
 
 
@@ -78,13 +74,9 @@ def whole(name: str, value: Any, *, minimum: int = 1) -> int:
     try:
         result = operator.index(value)
     except TypeError:
-        raise TypeError(
-            f"{name} must be a whole number, but it is {value!r}; give an integer."
-        ) from None
+        raise TypeError(f"{name} must be a whole number, but it is {value!r}; give an integer.") from None
     if result < minimum:
-        raise ValueError(
-            f"{name} must be at least {minimum}, but it is {result}; give a larger number."
-        )
+        raise ValueError(f"{name} must be at least {minimum}, but it is {result}; give a larger number.")
     return result
 
 

@@ -45,7 +45,7 @@ class Ledger:
         entry = {"step": checks.whole("step", step, minimum=0), "spec": spec.to_dict()}
         line = json.dumps(entry, allow_nan=False) + "\n"
         with self.path.open("ab") as file:
-            if self._ends_within_a_line():
+            if self._ends_within_a_line():  # looks at one byte: a run appends thousands of lines
                 file.truncate(self._complete_bytes())
             file.write(line.encode())
             file.flush()
@@ -62,9 +62,7 @@ class Ledger:
         """
         return tuple(self._entries())
 
-    def epsilon(
-        self, delta: float, neighbours: str = ADD_OR_REMOVE_ONE, accountant: str = PLD
-    ) -> float:
+    def epsilon(self, delta: float, neighbours: str = ADD_OR_REMOVE_ONE, accountant: str = PLD) -> float:
         """ε of all that is on record, computed from the record alone."""
         segments = accounting.merge([(release.spec, 1) for release in self._entries()])
         return accounting.epsilon(segments, delta, neighbours, accountant)
@@ -76,19 +74,18 @@ class Ledger:
             if not line.endswith(b"\n"):
                 return
             try:
-                data: dict[str, Any] = checks.known_keys(
-                    "a release", json.loads(line), ("step", "spec")
-                )
+                data: dict[str, Any] = checks.known_keys("a release", json.loads(line), ("step", "spec"))
                 step = checks.whole("step", data["step"], minimum=0)
                 yield Release(step, StepSpec.from_dict(data["spec"]))
             except (ValueError, TypeError) as error:
-                raise ValueError(
-                    f"line {number} of {self.path} is not a release: {error}"
-                ) from error
+                raise ValueError(f"line {number} of {self.path} is not a release: {error}") from error
 
     def _ends_within_a_line(self) -> bool:
-        content = self.path.read_bytes()
-        return bool(content) and not content.endswith(b"\n")
+        with self.path.open("rb") as file:
+            if file.seek(0, os.SEEK_END) == 0:
+                return False
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) != b"\n"
 
     def _complete_bytes(self) -> int:
         return self.path.read_bytes().rfind(b"\n") + 1

@@ -241,9 +241,7 @@ class Mechanism:
         """The first `steps` steps (default: all) in dp-accounting's vocabulary."""
         return accounting.event(self._first(steps), self.neighbours)
 
-    def epsilon(
-        self, delta: float | None = None, steps: int | None = None, accountant: str = PLD
-    ) -> float:
+    def epsilon(self, delta: float | None = None, steps: int | None = None, accountant: str = PLD) -> float:
         """ε after the first `steps` steps (default: all), an upper bound.
 
         0 after no steps, infinite if a step has no noise. A repeated question is
@@ -301,9 +299,7 @@ class Mechanism:
     def _first(self, steps: int | None) -> Segments:
         left = self.steps if steps is None else checks.whole("steps", steps, minimum=0)
         if left > self.steps:
-            raise ValueError(
-                f"steps is {left}, but the mechanism has {self.steps}; give at most that many."
-            )
+            raise ValueError(f"steps is {left}, but the mechanism has {self.steps}; give at most that many.")
         first = []
         for spec, count in self.segments:
             first.append((spec, min(count, left)))
@@ -354,8 +350,7 @@ class Mechanism:
             "delta": f"{self.delta:g}" if self.delta else "not chosen",
             "neighbouring relation": self.neighbours,
             "privacy unit": "one example (one index of the data set)",
-            "accountant": f"{accountant}, dp-accounting "
-            f"{importlib.metadata.version('dp-accounting')}",
+            "accountant": f"{accountant}, dp-accounting {importlib.metadata.version('dp-accounting')}",
             "steps": str(self.steps),
             "sampler": self._list(lambda spec: spec.sampler),
             "sample rate q": self._list(lambda spec: f"{spec.sample_rate:.6g}"),
@@ -365,9 +360,7 @@ class Mechanism:
             "sensitivity C": self._list(lambda spec: f"{spec.sensitivity:.6g}"),
             "noise multiplier sigma": self._list(lambda s: f"{s.noise_multiplier:.6g}"),
             "noise stddev on the sum": self._list(lambda s: f"{s.noise_stddev:.6g}"),
-            "noise stddev on the mean": self._list(
-                lambda s: f"{s.noise_stddev / s.expected_batch_size:.4g}"
-            ),
+            "noise stddev on the mean": self._list(lambda s: f"{s.noise_stddev / s.expected_batch_size:.4g}"),
         }
         return described
 

@@ -85,7 +85,5 @@ def gamma(terms: int, dtype: str) -> float:
     """
     product = checks.whole("terms", terms, minimum=0) * unit_roundoff(dtype)
     if product >= 1:
-        raise ValueError(
-            f"{terms} terms are too many to bound their error in {dtype}; use a wider type."
-        )
+        raise ValueError(f"{terms} terms are too many to bound their error in {dtype}; use a wider type.")
     return product / (1 - product)

@@ -71,9 +71,7 @@ class Sampling:
         """q·N, the size of every batch of the ``fixed-size`` sampler, in examples."""
         if self.sampler != FIXED_SIZE or self.dataset_size is None:
             raise ValueError(f"sampler '{self.sampler}' has no fixed batch size.")
-        return _nearest_whole(
-            self.sample_rate * self.dataset_size, "sample_rate times dataset_size"
-        )
+        return _nearest_whole(self.sample_rate * self.dataset_size, "sample_rate times dataset_size")
 
     @property
     def steps_per_epoch(self) -> int:
@@ -217,7 +215,6 @@ def _nearest_whole(value: float, what: str) -> int:
     # A rate such as 1/3 is not a binary fraction: allow for its rounding, no more.
     if nearest < 1 or not math.isclose(value, nearest, rel_tol=1e-9):
         raise ValueError(
-            f"{what} must be a whole number for this sampler, but it is {value}; "
-            "change the sample rate."
+            f"{what} must be a whole number for this sampler, but it is {value}; change the sample rate."
         )
     return nearest

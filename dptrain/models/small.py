@@ -78,6 +78,24 @@ def lenet_tanh(num_classes: int, input_shape: InputShape) -> nn.Sequential:
     return lenet(num_classes, input_shape, nn.Tanh)
 
 
+def lenet_norm(num_classes: int, input_shape: InputShape) -> nn.Sequential:
+    """LeNet's convolutions with group normalisation and GELU, and a linear head.
+
+    Fewer parameters than `lenet` (10,650 on 28 x 28 x 1) and faster convergence.
+    """
+    features = nn.Sequential(
+        nn.Conv2d(input_shape[0], 16, kernel_size=8, stride=2, padding=3),
+        nn.GroupNorm(4, 16),
+        nn.GELU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, kernel_size=4),
+        nn.GroupNorm(4, 32),
+        nn.GELU(),
+        nn.MaxPool2d(2),
+    )
+    return _with_head("lenet-norm", features, nn.Sequential(), num_classes, input_shape)
+
+
 def lenet5(num_classes: int, input_shape: InputShape) -> nn.Sequential:
     """LeNet-5 with tanh and average pooling, for 32 x 32 pixels."""
     features = nn.Sequential(
@@ -136,6 +154,7 @@ SMALL: dict[str, Callable[[int, InputShape], nn.Module]] = {
     "convnet": convnet,
     "lenet": lenet,
     "lenet-tanh": lenet_tanh,
+    "lenet-norm": lenet_norm,
     "lenet5": lenet5,
     "simple-convnet": simple_convnet,
     "larger-convnet": larger_convnet,

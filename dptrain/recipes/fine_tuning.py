@@ -45,11 +45,10 @@ def vit_tiny_cifar100_head() -> TrainConfig:
         epsilon=8.0,
         delta=1e-5,
         clip_norm=1.0,
-        logical_batch_size=4_000,
+        logical_batch_size=6_400,
         epochs=None,
-        steps=200,
-        lr=2.0,
-        lr_schedule="linear",
+        steps=60,
+        lr=0.5,
         optimizer="momentum",
     )
 

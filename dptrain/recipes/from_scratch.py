@@ -6,22 +6,22 @@ from dptrain.training import TrainConfig
 
 
 def mnist_convnet() -> TrainConfig:
-    """A small tanh ConvNet on MNIST at epsilon 2.93, delta 1e-5.
+    """A small ConvNet on MNIST at epsilon 2.93, delta 1e-5.
 
     Papernot et al. 2021 report 98.1 % at that budget, under looser sampling.
+    The settings were chosen on a validation split of the training set.
     """
     return TrainConfig(
         data="mnist",
-        model="lenet-tanh",
+        model="lenet-norm",
         epsilon=2.93,
         delta=1e-5,
-        clip_norm=0.5,
-        logical_batch_size=1024,
+        clip_norm=0.1,
+        logical_batch_size=2048,
         physical_batch_size=256,
         epochs=30,
         steps=None,
-        lr=1.0,
-        lr_schedule="linear",
+        lr=3.0,
         optimizer="momentum",
-        weight_average=0.95,
+        weight_average=0.97,
     )

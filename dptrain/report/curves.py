@@ -36,11 +36,7 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     left.set_xlim(left=0)
     left.grid(alpha=0.3)
 
-    spent = [
-        (record["step"], record["epsilon"])
-        for record in evaluations
-        if record["epsilon"] is not None
-    ]
+    spent = [(record["step"], record["epsilon"]) for record in evaluations if record["epsilon"] is not None]
     if spent:
         right = left.twinx()
         right.plot(

@@ -290,18 +290,15 @@ def _physical_batch(
     factors = torch.where(included, clip_factors(squared, owner.clip_norm), 0.0)
     clean = included if mask is None else included | ~mask
     everything_finite = bool(clean.all())
+    settle.factors, settle.included = factors, None if everything_finite else included
     if plan.second_backward:
-        if not everything_finite:  # 0 * NaN is NaN: repeat the forward pass on stand-in rows
-            stand_ins = _replace_rows(batch, included)
-            capture, losses_again = _forward(owner, plan, parameters, stand_ins, batch_size, settle.norms)
-        else:
-            losses_again = losses
+        # The same loss again, not a weighted one: every gradient has the bits of the first pass,
+        # whose norms were taken, and clip factors are applied in float32 where it is contracted.
         capture.sink = settle.weighted
-        weighted = losses_again @ factors.to(losses_again.dtype)
-        backward(capture, weighted, parameters, retain_graph=False)
+        backward(capture, total, parameters, retain_graph=False)
     else:
-        settle.contract(capture, factors, None if everything_finite else included)
-    grads = settle.pull_back(capture, factors, parameters, None if everything_finite else included)
+        settle.contract(capture)
+    grads = settle.pull_back(capture, parameters)
     for name, p in parameters.items():
         if name not in grads:
             grads[name] = torch.zeros_like(widen(p.detach()))
@@ -345,6 +342,9 @@ class Settlement:
         self.waiting: dict[int, dict[int, Any]] = {}
         self.leaf_gradients: list[tuple[str, Tensor]] = []
         self.sums: dict[int, tuple[Tensor, Tensor]] = {}
+        #: clip factors ``[B]``, and the examples that count, or None if all do
+        self.factors: Tensor
+        self.included: Tensor | None = None
 
     # ---------------------------------------------------------------- first backward: norms
 
@@ -423,38 +423,38 @@ class Settlement:
     # ---------------------------------------------------------------- the clipped sum
 
     def weighted(self, use: Use, a: Tensor | None, g: Tensor) -> None:
-        """The sink of the second backward pass: clip factors are in ``g`` already."""
+        """The sink of the second backward pass: contract at once, keep nothing."""
         layout = self.plan.findings.uses[use.index].layout
-        total = use.rule.contract(use.value.shape, a, g, None, layout, self.batch_size)
+        if self.included is not None:
+            a, g = use.rule.zero_rows(a, g, self.included, layout)
+        total = use.rule.contract(use.value.shape, a, widen(g), self.factors, layout, self.batch_size)
         self._add_sum(use.value, total)
 
-    def contract(self, capture: Capture, factors: Tensor, included: Tensor | None) -> None:
+    def contract(self, capture: Capture) -> None:
         """Sums at the parameter-only values, from what the first backward pass kept."""
         for index, gradient in self.gradients.items():
-            self._add_sum(capture.uses[index].value, _safe_sum(gradient, factors, included))
+            self._add_sum(capture.uses[index].value, self._weigh(gradient))
         for index, (a, g) in self.operands.items():
-            use, layout = capture.uses[index], self.plan.findings.uses[index].layout
-            if included is not None:
-                a, g = use.rule.zero_rows(a, g, included, layout)
-            total = use.rule.contract(use.value.shape, a, widen(g), factors, layout, self.batch_size)
-            self._add_sum(use.value, total)
+            self.weighted(capture.uses[index], a, g)
         self.gradients.clear()
         self.operands.clear()
+
+    def _weigh(self, gradient: Tensor) -> Tensor:
+        """Weighted sum of per-example gradients; a product with zero would keep NaN (rule 4)."""
+        if self.included is not None:
+            keep = self.included.reshape(-1, *[1] * (gradient.dim() - 1))
+            gradient = torch.where(keep, gradient, 0.0)
+        return weighted_sum(gradient, self.factors)
 
     def _add_sum(self, value: Tensor, total: Tensor) -> None:
         held = self.sums.get(id(value))
         self.sums[id(value)] = (value, total if held is None else held[1] + total)
 
-    def pull_back(
-        self,
-        capture: Capture,
-        factors: Tensor,
-        parameters: dict[str, Tensor],
-        included: Tensor | None,
-    ) -> dict[str, Tensor]:
+    def pull_back(self, capture: Capture, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Clipped sums by name: one vector-Jacobian product for values that are no leaves."""
         grads = pull_back_sums(list(self.sums.values()), parameters, capture.names)
         for name, gradient in self.leaf_gradients:
-            total = _safe_sum(gradient, factors, included)
+            total = self._weigh(gradient)
             grads[name] = grads[name] + total if name in grads else total
         return grads
 
@@ -463,10 +463,3 @@ def squared_norm(gradients: Tensor) -> Tensor:
     """Squared norms ``[B]`` of ``[B, ...]``, accumulated in float32 or better."""
     flat = widen(gradients).reshape(gradients.shape[0], -1)
     return torch.linalg.vector_norm(flat, dim=1).square()
-
-
-def _safe_sum(gradient: Tensor, factors: Tensor, included: Tensor | None) -> Tensor:
-    if included is not None:
-        keep = included.reshape(-1, *[1] * (gradient.dim() - 1))
-        gradient = torch.where(keep, gradient, 0.0)
-    return weighted_sum(gradient, factors)

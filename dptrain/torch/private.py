@@ -29,7 +29,8 @@ class Step:
 
     number: int  #: counts from 1
     steps: int
-    epsilon: float | None  #: spent after this step; None without a delta
+    #: spent after this step, or a cheap upper bound (exact at the end); None without a delta
+    epsilon: float | None
 
 
 class PrivateTraining:
@@ -70,7 +71,8 @@ class PrivateTraining:
             gradient = privatize(clipped, self.mechanism.step(self._taken), key)
             self._taken += 1  # the budget is spent when the noisy gradient exists
             apply(self.optimizer, self.model, gradient)
-            spent = None if self.mechanism.delta is None else self.epsilon
+            known = self.mechanism.delta is not None
+            spent = self.mechanism.epsilon_so_far(self._taken) if known else None
             yield Step(self._taken, total, spent)
 
     def _batches(self, device: torch.device) -> Iterator[tuple[Any, torch.Tensor, bool]]:
@@ -143,6 +145,8 @@ def make_private(
     Raises:
         TypeError, ValueError: in one sentence, before any budget is spent.
     """
+    if not isinstance(mechanism, Mechanism):
+        raise TypeError("mechanism must be a dptrain.Mechanism: Mechanism.calibrate(...) makes one.")
     if isinstance(dataset, DataLoader):
         loader = dataset
         if not isinstance(loader.dataset, IterableDataset):
@@ -169,8 +173,6 @@ def make_private(
             else "pass a torch.optim optimizer"
         )
         raise TypeError(f"optimizer is a {type(optimizer).__name__}; {hint}.")
-    if not isinstance(mechanism, Mechanism):
-        raise TypeError("mechanism must be a dptrain.Mechanism: Mechanism.calibrate(...) makes one.")
     mine = trainable(model)
     theirs = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
     missing = [name for name, p in mine.items() if id(p) not in theirs]

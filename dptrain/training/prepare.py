@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dptrain.core import methods
+from dptrain.core.budget import steps_in
 from dptrain.core.entropy import Key
 from dptrain.core.mechanism import Mechanism
 from dptrain.data import Dataset, Preprocess, Splits, cache_features, load, stratified
@@ -129,7 +130,7 @@ def make_mechanism(config: TrainConfig, dataset_size: int, private: bool) -> Mec
             "it can be at most that."
         )
     sample_rate = expected / dataset_size
-    steps = config.steps if config.steps is not None else max(1, round((config.epochs or 0) / sample_rate))
+    steps = config.steps if config.steps is not None else steps_in(config.epochs or 0, sample_rate)
     constants: dict[str, Any] = {
         "clip_norm": config.clip_norm,
         "sample_rate": sample_rate,

@@ -25,9 +25,7 @@ def constant(**changes):
 
 def schedule():
     def run(sigma, clip_norm, steps):
-        spec = flat_step(
-            noise_multiplier=sigma, clip_norm=clip_norm, sample_rate=0.1, expected_batch_size=20
-        )
+        spec = flat_step(noise_multiplier=sigma, clip_norm=clip_norm, sample_rate=0.1, expected_batch_size=20)
         return spec, steps
 
     return Mechanism((run(2.0, 1.0, 3), run(1.0, 1.0, 4), run(1.0, 0.5, 5)), delta=1e-5)
@@ -120,9 +118,7 @@ def test_calibration_meets_the_budget_and_wastes_little(epsilon, q, steps, accou
     given = {"sample_rate": q, "steps": steps, "clip_norm": 4.63, "expected_batch_size": 25_000}
     mechanism = Mechanism.calibrate(epsilon=epsilon, delta=1e-5, accountant=accountant, **given)
     assert 0.9998 * epsilon <= mechanism.epsilon(accountant=accountant) <= epsilon
-    less = Mechanism.constant(
-        noise_multiplier=mechanism.noise_multiplier * 0.999, delta=1e-5, **given
-    )
+    less = Mechanism.constant(noise_multiplier=mechanism.noise_multiplier * 0.999, delta=1e-5, **given)
     assert less.epsilon(accountant=accountant) > epsilon
 
 

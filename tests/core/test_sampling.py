@@ -135,9 +135,7 @@ def test_everyone_is_drawn_at_q_of_one():
 
 def test_truncated_poisson_is_cut_uniformly():
     steps, n, q, most = 4000, 20, 0.3, 5
-    drawn = inclusions(
-        sampler(n, q, name="truncated-poisson", dataset_size=n, max_batch_size=most), steps
-    )
+    drawn = inclusions(sampler(n, q, name="truncated-poisson", dataset_size=n, max_batch_size=most), steps)
     sizes = drawn.sum(axis=1)
     assert sizes.max() == most
     expected = np.minimum(np.arange(n + 1), most) @ stats.binom.pmf(np.arange(n + 1), n, q)

@@ -10,9 +10,7 @@ import pytest
 
 
 def idx_bytes(array: np.ndarray) -> bytes:
-    header = bytes([0, 0, 8, array.ndim]) + b"".join(
-        size.to_bytes(4, "big") for size in array.shape
-    )
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
     return header + array.tobytes()
 
 

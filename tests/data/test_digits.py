@@ -8,9 +8,7 @@ def test_split_is_fixed_stratified_and_complete():
     assert len(first.train) + len(first.test) == 1797
     assert 0.19 < len(first.test) / 1797 < 0.21
     assert torch.equal(first.test.labels, second.test.labels)
-    shares = first.test.labels.bincount() / (
-        first.test.labels.bincount() + first.train.labels.bincount()
-    )
+    shares = first.test.labels.bincount() / (first.test.labels.bincount() + first.train.labels.bincount())
     assert shares.min() > 0.19 and shares.max() < 0.21
 
 

@@ -9,6 +9,7 @@ SHAPES = {
     "linear": (5,),
     "lenet": (1, 28, 28),
     "lenet-tanh": (1, 28, 28),
+    "lenet-norm": (1, 28, 28),
 }
 
 

@@ -7,9 +7,7 @@ from dptrain.models import ModelError, build, load_weights
 
 
 def save(model: nn.Module, path, dtype=torch.float32):
-    save_file(
-        {name: value.to(dtype).contiguous() for name, value in model.state_dict().items()}, path
-    )
+    save_file({name: value.to(dtype).contiguous() for name, value in model.state_dict().items()}, path)
     return path
 
 
@@ -48,9 +46,7 @@ def test_position_table_and_patch_kernel_are_adapted(tmp_path):
 
 def test_weights_of_another_model_are_refused(tmp_path):
     path = save(build("mlp", 10, (1, 8, 8)), tmp_path / "w.safetensors")
-    with pytest.raises(
-        ModelError, match=r"does not fit this model: features\.1\.weight is missing"
-    ):
+    with pytest.raises(ModelError, match=r"does not fit this model: features\.1\.weight is missing"):
         build("convnet", 10, (1, 8, 8), weights=path)
 
 
