@@ -284,12 +284,10 @@ def _physical_batch(
     total = losses.sum() if mask is None else torch.where(mask, losses, 0.0).sum()
     backward(capture, total, parameters, retain_graph=plan.second_backward)
     squared = settle.finish(capture, parameters)
-    included = squared.isfinite() & losses.detach().isfinite()
-    if mask is not None:
-        included &= mask
+    finite = squared.isfinite() & losses.detach().isfinite()
+    everything_finite = bool(finite.all())  # masked rows too: one that overflowed must be zeroed
+    included = finite if mask is None else finite & mask
     factors = torch.where(included, clip_factors(squared, owner.clip_norm), 0.0)
-    clean = included if mask is None else included | ~mask
-    everything_finite = bool(clean.all())
     settle.factors, settle.included = factors, None if everything_finite else included
     if plan.second_backward:
         # The same loss again, not a weighted one: every gradient has the bits of the first pass,
