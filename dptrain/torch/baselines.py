@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_map
 from dptrain.core.methods import Capture, Method
 
 from .errors import Refused
-from .probe import check_losses
+from .guards import check_losses
+from .settlement import clip_factors
 from .uses.base import weighted_sum, widen
 
 Result = tuple[dict[str, Tensor], Tensor, Tensor]  # grads, norms [B], losses [B]
@@ -30,12 +31,6 @@ def _rows(batch: Any, start: int, stop: int) -> Any:
     return tree_map(lambda t: t[start:stop] if isinstance(t, Tensor) else t, batch)
 
 
-def _clip(squared: Tensor, clip_norm: float) -> Tensor:
-    from .clipping import clip_factors
-
-    return clip_factors(squared, clip_norm)
-
-
 def one_by_one(model, loss_fn, parameters, batch, mask, batch_size, clip_norm) -> Result:
     """Physical batches of one: memory of a single gradient, and correct for any model."""
     leaves = list(parameters.values())
@@ -48,7 +43,7 @@ def one_by_one(model, loss_fn, parameters, batch, mask, batch_size, clip_norm) -
         grads = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
         squared = sum(widen(g).square().sum() for g in grads if g is not None)
         squared = torch.as_tensor(squared, device=loss.device)
-        factor = _clip(squared, clip_norm)
+        factor = clip_factors(squared, clip_norm)
         use = (mask is None or bool(mask[b])) and bool(squared.isfinite() & loss.isfinite().all())
         if use:
             for t, g in zip(total, grads):
@@ -87,7 +82,7 @@ def vectorised(model, loss_fn, parameters, batch, mask, batch_size, clip_norm) -
     included = squared.isfinite() & losses.isfinite()
     if mask is not None:
         included = included & mask
-    factors = torch.where(included, _clip(squared, clip_norm), 0.0)
+    factors = torch.where(included, clip_factors(squared, clip_norm), 0.0)
     sums = {}
     for name, g in grads.items():
         keep = included.reshape(-1, *[1] * (g.dim() - 1))

@@ -5,9 +5,9 @@ no example, and neither if it is a constant. Parameter-only values are computed 
 autograd; where one meets data it enters detached, through an autograd function that hands the
 other operand and the gradient of the output to the use. So no parameter receives an ordinary
 gradient: nothing is computed twice, and whatever escapes capture shows itself (the escape guard
-in ``clipping.py``).
+in ``guards.py``).
 
-The mode only classifies and dispatches; what each operation does is in ``operations.py``.
+The mode only classifies and dispatches; what each operation does is in ``operations``.
 """
 
 from __future__ import annotations

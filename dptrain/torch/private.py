@@ -18,8 +18,8 @@ from dptrain.core.mechanism import Mechanism
 from dptrain.core.sampling import LogicalSampler, PhysicalBatch, physical_batches
 
 from .clipping import LossFn, clipped_grad
+from .guards import trainable
 from .physical_batch import choose
-from .probe import trainable
 from .release import apply, privatize
 
 

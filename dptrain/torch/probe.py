@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .capture import Capture, Use
 from .errors import Refused
+from .guards import backward, check_losses, listed, trainable
 from .layout import Layout, candidates, only_rows_of
 from .pullback import Group, group_uses, leaves_of
 
@@ -65,11 +66,6 @@ class Findings:
     groups: tuple[Group, ...]
     layouts: dict[Any, Any]
     covered: frozenset[str]
-
-
-def trainable(model: nn.Module) -> dict[str, Tensor]:
-    """Trainable leaf parameters by name, each once however often it is tied."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def probe(
@@ -195,7 +191,7 @@ class _Probe:
         else:
             names = sorted({leaf for i in waiting for leaf in facts[i].leaves})
             raise Refused(
-                f"could not show that examples do not mix: no stand-in example moved {_list(names)}. "
+                f"could not show that examples do not mix: no stand-in example moved {listed(names)}. "
                 "Freeze the parameters with requires_grad_(False) if they are meant not to learn."
             )
         covered = frozenset(leaf for fact in facts for leaf in fact.leaves)
@@ -268,7 +264,7 @@ class _Probe:
             options = found.get(use.index)
             if options is not None and not options:
                 raise Refused(
-                    f"examples mix, or lie on no axis, in {use.operation} with {_list(leaves)}: one "
+                    f"examples mix, or lie on no axis, in {use.operation} with {listed(leaves)}: one "
                     "example's loss moves another's part of its gradient."
                 )
             layout = options[0] if options else None
@@ -326,7 +322,7 @@ class _Probe:
                 raise Refused(CHANGING)
             if not only_rows_of(example[0], g, fact.layout, size):
                 raise Refused(
-                    f"examples mix in {use.operation} with {_list(fact.leaves)}: the loss of one "
+                    f"examples mix in {use.operation} with {listed(fact.leaves)}: the loss of one "
                     "example moves another's part of its gradient."
                 )
             if bool((g != 0).any()):
@@ -371,7 +367,7 @@ class _Probe:
         for index in first.keys() & second.keys():
             if not _same(first[index], second[index], others):
                 raise Refused(
-                    f"examples mix in {facts[index].operation} with {_list(facts[index].leaves)}: "
+                    f"examples mix in {facts[index].operation} with {listed(facts[index].leaves)}: "
                     "replacing one example changes another's part of the gradient."
                 )
         self._losses_stay_apart(layouts, size, attempt + 1)
@@ -418,53 +414,3 @@ def _same(first: Tensor, second: Tensor, others: Tensor) -> bool:
     scale = first.abs().amax(0, keepdim=True)
     tolerance = 3e-5 * scale + 1e-30  # a batch mean of a thousand examples moves by 1e-3
     return bool(((first - second).abs() <= tolerance)[others].all())
-
-
-def _list(names) -> str:
-    names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-# ---------------------------------------------------------------------- shared with the step
-
-
-def check_losses(losses: Any, batch_size: int) -> None:
-    if not isinstance(losses, Tensor) or losses.shape != (batch_size,) or not losses.is_floating_point():
-        what = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
-        raise Refused(
-            f"loss_fn must return one loss per example, a float tensor of shape ({batch_size},), and "
-            f"returned {what}: use reduction='none' and average over each example's own positions."
-        )
-
-
-def backward(capture: Capture, target: Tensor, parameters: dict[str, Tensor], retain_graph: bool) -> None:
-    """Back-propagate to the anchor; the escape guard.
-
-    Raises:
-        Refused: a parameter reaches the loss by a way that was not recorded.
-    """
-    if not target.requires_grad:
-        raise Refused("the losses depend on no trainable parameter of the model that was passed.")
-    before = {name: (p.grad, None if p.grad is None else p.grad._version) for name, p in parameters.items()}
-    context = capture.recomputing() if capture.checkpointed else contextlib.nullcontext()
-    with context:
-        found = torch.autograd.grad(
-            target,
-            [capture.anchor, *parameters.values()],
-            retain_graph=retain_graph,
-            allow_unused=True,
-        )
-    escaped = [name for name, gradient in zip(parameters, found[1:]) if gradient is not None]
-    if escaped:
-        raise Refused(
-            f"{_list(escaped)} reaches the loss by a way that cannot be followed, for example through a "
-            "custom torch.autograd.Function: compute it with ordinary operations or freeze it."
-        )
-    for name, p in parameters.items():
-        grad, version = before[name]
-        if p.grad is not grad or (grad is not None and grad._version != version):
-            p.grad = None
-            raise Refused(
-                f"{name} received an ordinary gradient in the backward pass, as re-entrant "
-                "checkpointing does: pass use_reentrant=False to torch.utils.checkpoint."
-            )

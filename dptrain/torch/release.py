@@ -17,8 +17,8 @@ from dptrain.core.mechanism import Mechanism
 from dptrain.core.spec import StepSpec
 
 from .clipping import ClippedSum
+from .guards import trainable
 from .noise import add_noise_
-from .probe import trainable
 
 _DOOR = object()
 

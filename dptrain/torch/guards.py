@@ -1,0 +1,104 @@
+"""Checks on what comes in and on what a backward pass did: the escape guard."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from dptrain.core.methods import Method
+
+from .capture import Capture
+from .errors import Refused
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    """Trainable leaf parameters by name, each once however often it is tied."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def check_batch(batch: Any, mask: Tensor | None) -> tuple[int, Tensor | None]:
+    """The number of examples in a batch, and its mask on the batch's device."""
+    tensors = [t for t in tree_flatten(batch)[0] if isinstance(t, Tensor)]
+    if not tensors:
+        raise ValueError("the batch holds no tensor.")
+    sizes = {t.shape[0] if t.dim() else None for t in tensors}
+    if len(sizes) != 1 or None in sizes:
+        shapes = ", ".join(str(tuple(t.shape)) for t in tensors)
+        raise ValueError(f"every tensor of a batch must lead with the examples; got shapes {shapes}.")
+    (batch_size,) = sizes
+    if batch_size == 0:
+        raise ValueError("the batch has no rows: pad it to a fixed size and mask the padding.")
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.shape != (batch_size,) or mask.dtype != torch.bool:
+            what = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"mask must be a bool tensor of shape ({batch_size},), and is {what}.")
+        mask = mask.to(tensors[0].device)
+    return batch_size, mask
+
+
+def check_model(model: nn.Module, parameters: dict[str, Tensor], method: Method) -> None:
+    if not parameters:
+        raise Refused("the model has no trainable parameter: set requires_grad_(True) on some.")
+    if hasattr(model, "_orig_mod"):
+        raise Refused("the model is compiled: pass the module that was given to torch.compile.")
+    if not method.is_private:
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+            module.training or module.running_mean is None
+        ):
+            raise Refused(
+                f"{name or 'the model'} is a BatchNorm in training mode, which lets one example move "
+                "another's gradient: convert it to GroupNorm, or freeze it with .eval()."
+            )
+
+
+def check_losses(losses: Any, batch_size: int) -> None:
+    if not isinstance(losses, Tensor) or losses.shape != (batch_size,) or not losses.is_floating_point():
+        what = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+        raise Refused(
+            f"loss_fn must return one loss per example, a float tensor of shape ({batch_size},), and "
+            f"returned {what}: use reduction='none' and average over each example's own positions."
+        )
+
+
+def backward(capture: Capture, target: Tensor, parameters: dict[str, Tensor], retain_graph: bool) -> None:
+    """Back-propagate to the anchor; the escape guard.
+
+    Raises:
+        Refused: a parameter reaches the loss by a way that was not recorded.
+    """
+    if not target.requires_grad:
+        raise Refused("the losses depend on no trainable parameter of the model that was passed.")
+    before = {name: (p.grad, None if p.grad is None else p.grad._version) for name, p in parameters.items()}
+    context = capture.recomputing() if capture.checkpointed else contextlib.nullcontext()
+    with context:
+        found = torch.autograd.grad(
+            target,
+            [capture.anchor, *parameters.values()],
+            retain_graph=retain_graph,
+            allow_unused=True,
+        )
+    escaped = [name for name, gradient in zip(parameters, found[1:]) if gradient is not None]
+    if escaped:
+        raise Refused(
+            f"{listed(escaped)} reaches the loss by a way that cannot be followed, for example through a "
+            "custom torch.autograd.Function: compute it with ordinary operations or freeze it."
+        )
+    for name, p in parameters.items():
+        grad, version = before[name]
+        if p.grad is not grad or (grad is not None and grad._version != version):
+            p.grad = None
+            raise Refused(
+                f"{name} received an ordinary gradient in the backward pass, as re-entrant "
+                "checkpointing does: pass use_reentrant=False to torch.utils.checkpoint."
+            )
+
+
+def listed(names) -> str:
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,120 @@
+"""Which rule an operation gets when parameters meet data in it, and what parameters do alone."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..capture import Capture
+from .convolution import convolution
+from .generic import generic
+from .joining import attention, cat, prelu
+from .linear import addmm, baddbmm, einsum, linear, matmul
+from .norms import (
+    batch_norm,
+    group_norm,
+    instance_norm,
+    layer_norm,
+    refuse_batch_statistics,
+    rms_norm,
+)
+from .pointwise import pointwise, pointwise_name
+from .tables import embedding, getitem, index_select, setitem
+from .values import compact, detached, remember
+
+#: operations that ask a tensor for its shape, type or device only
+METADATA = {
+    "type_as", "view_as", "reshape_as", "to", "zeros_like", "ones_like", "empty_like", "full_like",
+    "rand_like", "randn_like", "bernoulli_like", "new_zeros", "new_ones", "new_empty", "new_full",
+    "new_tensor", "result_type", "promote_types", "is_same_size", "can_cast",
+}  # fmt: skip
+
+#: operations without a gradient
+COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge", "isclose", "logical_and", "logical_or"}
+
+RULES = {
+    "linear": linear,
+    "addmm": addmm,
+    "baddbmm": baddbmm,
+    "matmul": matmul,
+    "__matmul__": matmul,
+    "__rmatmul__": matmul,
+    "mm": matmul,
+    "bmm": matmul,
+    "einsum": einsum,
+    "conv1d": convolution(1, False),
+    "conv2d": convolution(2, False),
+    "conv3d": convolution(3, False),
+    "conv_transpose1d": convolution(1, True),
+    "conv_transpose2d": convolution(2, True),
+    "conv_transpose3d": convolution(3, True),
+    "layer_norm": layer_norm,
+    "group_norm": group_norm,
+    "rms_norm": rms_norm,
+    "instance_norm": instance_norm,
+    "batch_norm": batch_norm,
+    "embedding": embedding,
+    "__getitem__": getitem,
+    "index_select": index_select,
+    "__setitem__": setitem,
+    "cat": cat,
+    "concat": cat,
+    "concatenate": cat,
+    "stack": cat,
+    "scaled_dot_product_attention": attention,
+    "prelu": prelu,
+}
+
+
+def mixed(capture: Capture, func, args: tuple, kwargs: dict) -> Any:
+    """An operation in which a parameter-only value meets data."""
+    name = getattr(func, "__name__", "")
+    refuse_batch_statistics(func, args, kwargs)
+    if name in METADATA or name in ("__get__", "size", "dim", "numel"):
+        return func(*detached(capture, args), **detached(capture, kwargs))
+    rule = RULES.get(name)
+    if rule is not None:
+        return rule(capture, func, *args, **kwargs)
+    operation = pointwise_name(name)
+    if operation is not None:
+        if operation in COMPARISONS:
+            return func(*detached(capture, args), **detached(capture, kwargs))
+        return pointwise(capture, func, name, args, kwargs)
+    if isinstance(func, types.FunctionType) and func.__module__.startswith("torch."):
+        return capture.reenter(func, args, kwargs)
+    return generic(capture, func, args, kwargs)
+
+
+def parameter_only(capture: Capture, func, args: tuple, kwargs: dict) -> Any:
+    """An operation on parameters and constants: ordinary autograd.
+
+    Expansions are remembered, so that a value which meets data is never larger than it must be,
+    and repetitions become expansions.
+    """
+    name = getattr(func, "__name__", "")
+    source = args[0] if args and isinstance(args[0], Tensor) else None
+    if name in ("repeat", "tile") and source is not None and capture.is_parameter(source):
+        counts = torch.Size(args[1:] if isinstance(args[1], int) else args[1])
+        lead = len(counts) - source.dim()
+        sizes = (1,) * lead + tuple(source.shape)
+        if lead >= 0 and all(n == 1 or s == 1 for n, s in zip(counts, sizes)):
+            func, name, args = (
+                torch.Tensor.expand,
+                "expand",
+                (source, tuple(n * s for n, s in zip(counts, sizes))),
+            )
+    if func is F.embedding and capture.is_parameter(args[1] if len(args) > 1 else kwargs["weight"]):
+        indices = args[0] if args else kwargs["input"]
+        if isinstance(indices, Tensor) and 0 in indices.stride():
+            small = compact(indices)
+            value = func(small, *args[1:], **{k: v for k, v in kwargs.items() if k != "input"})
+            shape = (*indices.shape, value.shape[-1])
+            return remember(capture, value.expand(shape), value)
+    out = func(*args, **kwargs)
+    if isinstance(out, Tensor) and name in ("expand", "expand_as", "broadcast_to"):
+        return remember(capture, out, source)
+    return out
