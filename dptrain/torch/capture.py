@@ -52,7 +52,13 @@ class Use:
 
     def arrive(self, a: Tensor | None, g: Tensor) -> None:
         """Called by autograd functions in the backward pass."""
-        self.capture().sink(self, a, g)
+        capture = self.capture()
+        if capture is None or not capture.armed:
+            raise Refused(
+                "the model differentiates within its own forward pass, which cannot be followed: "
+                "compute that derivative in closed form or without the parameters."
+            )
+        capture.sink(self, a, g)
 
 
 class Capture(TorchFunctionMode):
@@ -83,6 +89,8 @@ class Capture(TorchFunctionMode):
         self.generic: list[Any] = []
         first = next(iter(parameters.values()))
         self.anchor = torch.zeros((), device=first.device, dtype=first.dtype, requires_grad=True)
+        #: whether a backward pass of ours is under way
+        self.armed = False
         self._data = object()
         self._parameter = object()
         self._replay: list[Use] | None = None
@@ -162,6 +170,11 @@ class Capture(TorchFunctionMode):
 
     def use(self, rule: Rule, value: Tensor, operation: str) -> Use:
         """Record the next use; in a recomputation, the one that was recorded at first."""
+        if value.is_complex():
+            raise Refused(
+                f"{operation} uses a complex value made of parameters, for which there is no rule: "
+                "write it with real and imaginary parts."
+            )
         if self._replay is not None:
             # the graph of a recomputation is thrown away: only what it saves is wanted
             return Use(-1, rule, value.detach(), operation, weakref.ref(self))
@@ -184,6 +197,8 @@ class Capture(TorchFunctionMode):
     def call(self, func, args, kwargs, data: bool, parameter: bool) -> Any:
         from . import operations
 
+        if (data or parameter) and getattr(func, "__name__", "") in operations.METADATA:
+            return operations.metadata(self, func, args, kwargs)
         if data and parameter and torch.is_grad_enabled():
             return self.mark_data(operations.mixed(self, func, args, kwargs))
         if parameter and not data:

@@ -103,8 +103,8 @@ def clipped_grad(
     """
     row = methods.resolve(method)
     clip_norm = float(clip_norm)
-    if not 0 < clip_norm < float("inf"):
-        raise ValueError(f"clip_norm must be positive and finite, and is {clip_norm}.")
+    if not 1e-12 <= clip_norm < float("inf"):  # below, squares of float32 vanish
+        raise ValueError(f"clip_norm must be at least 1e-12 and finite, and is {clip_norm}.")
     return ClippedGrad(model, loss_fn, clip_norm, row, allow_unused)
 
 

@@ -137,9 +137,10 @@ class GroupNormFunction(Function):
 class LookupFunction(Function):
     @staticmethod
     def forward(ctx, indices, table, anchor, use):
-        ctx.save_for_backward(indices)
+        out = table[indices]
+        ctx.save_for_backward(indices.remainder(table.shape[0]))  # -1 and V - 1 are one row
         ctx.use = use
-        return table[indices]
+        return out
 
     @staticmethod
     def backward(ctx, g):

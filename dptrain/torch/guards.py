@@ -47,6 +47,12 @@ def check_model(model: nn.Module, parameters: dict[str, Tensor], method: Method)
         raise Refused("the model is compiled: pass the module that was given to torch.compile.")
     if not method.is_private:
         return
+    hooked = [n for n, p in parameters.items() if p._backward_hooks or p._post_accumulate_grad_hooks]
+    if hooked:
+        raise Refused(
+            f"{listed(hooked)} has a gradient hook, which would see no per-example gradient: remove "
+            "it, and change the private gradient with PrivateGradient.map instead."
+        )
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
             module.training or module.running_mean is None
@@ -76,13 +82,17 @@ def backward(capture: Capture, target: Tensor, parameters: dict[str, Tensor], re
         raise Refused("the losses depend on no trainable parameter of the model that was passed.")
     before = {name: (p.grad, None if p.grad is None else p.grad._version) for name, p in parameters.items()}
     context = capture.recomputing() if capture.checkpointed else contextlib.nullcontext()
-    with context:
-        found = torch.autograd.grad(
-            target,
-            [capture.anchor, *parameters.values()],
-            retain_graph=retain_graph,
-            allow_unused=True,
-        )
+    capture.armed = True
+    try:
+        with context:
+            found = torch.autograd.grad(
+                target,
+                [capture.anchor, *parameters.values()],
+                retain_graph=retain_graph,
+                allow_unused=True,
+            )
+    finally:
+        capture.armed = False
     escaped = [name for name, gradient in zip(parameters, found[1:]) if gradient is not None]
     if escaped:
         raise Refused(

@@ -47,6 +47,8 @@ class Group:
     kind: Kind
     leaves: tuple[str, ...]
     uses: tuple[int, ...]
+    #: whether a value is narrower than float32: sums must not be pulled back through it
+    narrow: bool = False
     #: for tied uses: whether the value is the transpose of the leaf
     flipped: tuple[bool, ...] = ()
 
@@ -92,29 +94,45 @@ def group_uses(uses: list[Use], names: dict[int, str], parameters: dict[str, Ten
         if kind is Kind.ALONE:
             groups += [Group(kind, leaves[i], (i,)) for i in indices]
         else:
-            groups.append(Group(kind, shared, tuple(indices), flipped))
+            groups.append(Group(kind, shared, tuple(indices), in_low_precision(mine), flipped))
     return groups
 
 
 def _kind(
     uses: list[Use], leaves: tuple[str, ...], parameters: dict[str, Tensor]
 ) -> tuple[Kind, tuple[bool, ...]]:
-    if len(leaves) > 1 or not all(_is_selection(use.value) for use in uses):
+    if len(leaves) > 1 or in_low_precision(uses):
+        return Kind.GENERAL, ()
+    if not all(_is_selection(use.value) for use in uses):
         return Kind.GENERAL, ()
     leaf = parameters[leaves[0]]
     times = torch.zeros_like(leaf, dtype=torch.float32)
-    distinct = {id(use.value): use.value for use in uses}
     for use in uses:
         times += _through(use.value, leaf, torch.ones_like(use.value))
     if times.max() <= 1:
         return Kind.ALONE, ()
-    matrix = leaf.dim() == 2 and all(
-        isinstance(use.rule, (Linear, Lookup)) and use.value.dim() == 2 for use in uses
-    )
-    if not matrix or any(value.numel() != leaf.numel() for value in distinct.values()):
+    if not all(isinstance(use.rule, (Linear, Lookup)) for use in uses) or leaf.dim() != 2:
         return Kind.GENERAL, ()
     flipped = tuple(_is_flipped(use.value, leaf) for use in uses)
+    if None in flipped:
+        return Kind.GENERAL, ()
     return Kind.TIED, flipped
+
+
+def in_low_precision(uses: list[Use]) -> bool:
+    """Whether a value that is no leaf is narrower than float32.
+
+    Pulling a clipped sum back through it would round the sum to that type, by more than C.
+    """
+    wide = (torch.float32, torch.float64)
+    return any(use.value.grad_fn is not None and use.value.dtype not in wide for use in uses)
+
+
+def geometry(value: Tensor, leaf: Tensor) -> tuple | None:
+    """Which elements of its leaf a view shows: (offset, shape, strides); None if it is a copy."""
+    if value.untyped_storage().data_ptr() != leaf.untyped_storage().data_ptr():
+        return None
+    return value.storage_offset() - leaf.storage_offset(), tuple(value.shape), value.stride()
 
 
 def _is_selection(value: Tensor) -> bool:
@@ -136,12 +154,12 @@ def _through(value: Tensor, leaf: Tensor, cotangent: Tensor) -> Tensor:
     return torch.autograd.grad(value, leaf, cotangent, retain_graph=True)[0]
 
 
-def _is_flipped(value: Tensor, leaf: Tensor) -> bool:
-    """Whether a value that covers a whole matrix is its transpose (or keeps its order)."""
-    row = torch.arange(value.shape[0], dtype=value.dtype, device=value.device)
-    mine = _through(value, leaf, row.unsqueeze(1).expand(value.shape).contiguous())
-    kept = torch.arange(leaf.shape[0], dtype=leaf.dtype, device=leaf.device).unsqueeze(1)
-    return not (mine.shape[0] == value.shape[0] and torch.equal(mine, kept.expand_as(mine).to(mine.dtype)))
+def _is_flipped(value: Tensor, leaf: Tensor) -> bool | None:
+    """Whether a value is the transpose of a matrix (True) or the matrix (False), else None."""
+    seen = geometry(value, leaf)
+    if seen == geometry(leaf.detach(), leaf):
+        return False
+    return True if seen == geometry(leaf.detach().T, leaf) else None
 
 
 # ---------------------------------------------------------------------- tied matrices
@@ -195,12 +213,12 @@ def tied_squared_norms(factors: list[tuple[Side, Side]]) -> tuple[Tensor, Tensor
     bound = dense.new_zeros(dense.shape[0])
     positions = sum(rows.data.shape[1] for rows, _ in factors)
     features = max(s.data.shape[-1] for pair in factors for s in pair if not s.one_hot)
-    slack = 2 * gamma(features + 2, dtype) + gamma(positions**2, dtype)
+    slack = 2 * gamma(features + 2, dtype) + gamma(2 * positions + len(factors) ** 2, dtype)
     for i, (r1, c1) in enumerate(factors):
         for j, (r2, c2) in enumerate(factors[: i + 1]):
             twice = 1 if i == j else 2
             rr, cc = r1.cross(r2, dtype), c1.cross(c2, dtype)
-            squared += twice * (rr * cc).sum((1, 2))
+            squared += twice * (rr * cc).sum(2).sum(1)
             if r1.one_hot and r2.one_hot:
                 spread = torch.einsum("bt,bts,bs->b", c1.lengths(cc), rr, c2.lengths(cc))
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 
 from ..errors import Refused
@@ -26,6 +27,10 @@ def convolution(n: int, transposed: bool):
         groups = options.get("groups", 1)
         output_padding = _tuple(options.get("output_padding", 0), n)
         stride = _tuple(stride, n)
+        if bias is not None and capture.is_data(bias):
+            out = rule(capture, func, input, weight, None, stride, padding, *rest, **kwargs)
+            column = capture.mark_data(bias.reshape(-1, *[1] * n))
+            return capture(torch.add, capture.mark_data(out), column)
         if capture.is_data(weight) or not capture.is_data(input):
             return generic(capture, func, (input, weight, bias, stride, padding, *rest), kwargs)
         if input.dim() != n + 2:
@@ -47,8 +52,8 @@ def convolution(n: int, transposed: bool):
         weight_use = bias_use = None
         if capture.is_parameter(weight):
             kernel = tuple(weight.shape[2:])
-            rule = Convolution(kernel, stride, padding, dilation, transposed, groups)
-            weight_use = capture.use(rule, weight, func.__name__)
+            kind = Convolution(kernel, stride, padding, dilation, transposed, groups)
+            weight_use = capture.use(kind, weight, func.__name__)
         if bias is not None and capture.is_parameter(bias):
             bias_use = capture.use(Broadcast((1, *bias.shape)), bias, func.__name__ + " bias")
         geometry = (stride, padding, dilation, transposed, output_padding, groups)

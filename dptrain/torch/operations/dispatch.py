@@ -27,8 +27,9 @@ from .tables import embedding, getitem, index_select, setitem
 from .values import compact, detached, remember
 
 #: operations that ask a tensor for its shape, type or device only
-METADATA = {
-    "type_as", "view_as", "reshape_as", "to", "zeros_like", "ones_like", "empty_like", "full_like",
+KEEPS_VALUES = {"type_as", "view_as", "reshape_as", "to"}
+METADATA = KEEPS_VALUES | {
+    "zeros_like", "ones_like", "empty_like", "full_like",
     "rand_like", "randn_like", "bernoulli_like", "new_zeros", "new_ones", "new_empty", "new_full",
     "new_tensor", "result_type", "promote_types", "is_same_size", "can_cast",
 }  # fmt: skip
@@ -74,8 +75,6 @@ def mixed(capture: Capture, func, args: tuple, kwargs: dict) -> Any:
     """An operation in which a parameter-only value meets data."""
     name = getattr(func, "__name__", "")
     refuse_batch_statistics(func, args, kwargs)
-    if name in METADATA or name in ("__get__", "size", "dim", "numel"):
-        return func(*detached(capture, args), **detached(capture, kwargs))
     rule = RULES.get(name)
     if rule is not None:
         return rule(capture, func, *args, **kwargs)
@@ -87,6 +86,22 @@ def mixed(capture: Capture, func, args: tuple, kwargs: dict) -> Any:
     if isinstance(func, types.FunctionType) and func.__module__.startswith("torch."):
         return capture.reenter(func, args, kwargs)
     return generic(capture, func, args, kwargs)
+
+
+def metadata(capture: Capture, func, args: tuple, kwargs: dict) -> Any:
+    """An operation that asks all tensors but the first for their shape, type or device only.
+
+    The result is what the first is if it holds its values (``p.type_as(x)`` is still a parameter),
+    and otherwise a constant, unless data fills it.
+    """
+    first, rest = args[:1], detached(capture, args[1:])
+    kwargs = detached(capture, kwargs)
+    fills = any(map(capture.is_data, (*rest, *kwargs.values())))
+    if func.__name__ in KEEPS_VALUES:
+        out = func(*first, *rest, **kwargs)
+        return capture.mark_data(out) if capture.is_data(first[0]) else out
+    out = func(*detached(capture, first), *rest, **kwargs)
+    return capture.mark_data(out) if fills and isinstance(out, Tensor) else out
 
 
 def parameter_only(capture: Capture, func, args: tuple, kwargs: dict) -> Any:
@@ -114,7 +129,19 @@ def parameter_only(capture: Capture, func, args: tuple, kwargs: dict) -> Any:
             value = func(small, *args[1:], **{k: v for k, v in kwargs.items() if k != "input"})
             shape = (*indices.shape, value.shape[-1])
             return remember(capture, value.expand(shape), value)
-    out = func(*args, **kwargs)
+    out = _in_full_precision(func, args, kwargs)
     if isinstance(out, Tensor) and name in ("expand", "expand_as", "broadcast_to"):
         return remember(capture, out, source)
     return out
+
+
+def _in_full_precision(func, args: tuple, kwargs: dict) -> Any:
+    """Parameters alone are computed without autocast, so that sums pull back through float32."""
+    device = next((t.device.type for t in args if isinstance(t, Tensor)), "cpu")
+    if not torch.is_autocast_enabled(device):
+        return func(*args, **kwargs)
+    try:
+        with torch.autocast(device, enabled=False):
+            return func(*args, **kwargs)
+    except RuntimeError:  # types that only autocast reconciles: the planner sees to narrow values
+        return func(*args, **kwargs)

@@ -32,11 +32,16 @@ def refuse_batch_statistics(func, args: tuple, kwargs: dict) -> None:
         )
 
 
-def _affine(capture: Capture, y: Tensor, weight, bias, shape: tuple[int, ...]) -> Tensor:
-    if weight is not None:
-        y = capture(torch.mul, y, weight.reshape(shape))
-    if bias is not None:
-        y = capture(torch.add, y, bias.reshape(shape))
+def _affine(capture: Capture, y: Tensor, weight, bias, shape: tuple[int, ...] | None) -> Tensor:
+    """``y * weight + bias``, each seen as ``shape`` (None: as it is)."""
+    for function, value in ((torch.mul, weight), (torch.add, bias)):
+        if value is None:
+            continue
+        if shape is not None:
+            is_data = capture.is_data(value)
+            value = value.reshape(shape)
+            value = capture.mark_data(value) if is_data else value
+        y = capture(function, y, value)
     return y
 
 
@@ -44,6 +49,9 @@ def layer_norm(capture, func, input, normalized_shape, weight=None, bias=None, e
     shape = list(normalized_shape)
     if not capture.is_data(input):
         raise Refused("layer_norm of a parameter with a weight that depends on data")
+    if any(v is not None and capture.is_data(v) for v in (weight, bias)):
+        y = capture.mark_data(F.layer_norm(raised(input), shape, None, None, eps))
+        return _affine(capture, y, weight, bias, None)
     lead = (1,) * (input.dim() - len(shape))
     uses: list[Any] = [None, None]
     for i, (value, label) in enumerate(((weight, ""), (bias, " bias"))):
@@ -63,6 +71,9 @@ def group_norm(capture, func, input, num_groups, weight=None, bias=None, eps=1e-
     if input.numel() == 0 or not capture.is_data(input):
         return generic(capture, func, (input, num_groups, weight, bias, eps), {})
     x = raised(input)
+    if any(v is not None and capture.is_data(v) for v in (weight, bias)):
+        y = capture.mark_data(F.group_norm(x, num_groups, None, None, eps))
+        return _affine(capture, y, weight, bias, (-1,) + (1,) * (input.dim() - 2))
     uses: list[Any] = [None, None]
     for i, (value, label) in enumerate(((weight, ""), (bias, " bias"))):
         if value is not None and capture.is_parameter(value):

@@ -34,7 +34,7 @@ def spread(capture: Capture, value: Tensor, shape: torch.Size | tuple, operation
     """Let a parameter-only value enter data at ``shape``, to which it broadcasts."""
     value = origin(value)
     aligned = (1,) * (len(shape) - value.dim()) + tuple(value.shape)
-    if not value.is_floating_point():
+    if not value.is_floating_point() and not value.is_complex():
         return value.detach().expand(shape)
     use = capture.use(Broadcast(aligned), value, operation)
     return capture.mark_data(ExpandFunction.apply(value.detach(), torch.Size(shape), capture.anchor, use))

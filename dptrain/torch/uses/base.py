@@ -121,7 +121,7 @@ def gamma(terms: int, dtype: torch.dtype) -> float:
     order of summation.
     """
     u = torch.finfo(dtype).eps / 2
-    return terms * u / (1 - terms * u)
+    return terms * u / (1 - terms * u) if terms * u < 0.5 else math.inf
 
 
 def gram_squared_norms(factors: Factors) -> tuple[Tensor, Tensor]:
@@ -130,7 +130,7 @@ def gram_squared_norms(factors: Factors) -> tuple[Tensor, Tensor]:
     Goodfellow (2015), arXiv 1510.01799 for T = 1; Li et al. (2022), arXiv 2110.05679 for
     sequences. The terms cancel, so rounding is bounded and not hoped for: an entry of R R^T is off
     by at most gamma_R ||r_t|| ||r_s|| (Cauchy-Schwarz on Higham's componentwise bound), likewise
-    for C, and the sum over T^2 terms by gamma_{T^2} of its absolute value.
+    for C, and the sum, taken in stages, by gamma_{E + 2 T} of its absolute value.
     """
     rows, cols = widen(factors.rows), widen(factors.cols)
     positions = rows.shape[2]
@@ -143,7 +143,8 @@ def gram_squared_norms(factors: Factors) -> tuple[Tensor, Tensor]:
     r = rr.diagonal(dim1=2, dim2=3).clamp(min=0).sqrt()
     c = cc.diagonal(dim1=2, dim2=3).clamp(min=0).sqrt()
     product = rr * cc
-    squared = product.sum((1, 2, 3))
+    # in stages, so that the error grows with T and not with T^2
+    squared = product.sum(3).sum(2).sum(1)
     magnitude = product.abs_().sum((1, 2, 3))
     # |rr - RR^T| |cc| + |RR^T| |cc - CC^T| <= gamma_R r r^T |cc| + gamma_C c c^T |rr|
     wrong_r = torch.einsum("bet,bets,bes->b", r, cc.abs_(), r)
@@ -151,9 +152,9 @@ def gram_squared_norms(factors: Factors) -> tuple[Tensor, Tensor]:
     bound = (
         gamma(rows.shape[3] + 2, dtype) * wrong_r
         + gamma(cols.shape[3] + 2, dtype) * wrong_c
-        + gamma(rows.shape[1] * positions * positions, dtype) * magnitude
+        + gamma(rows.shape[1] + 2 * positions, dtype) * magnitude
     )
-    return squared, bound
+    return squared, bound.nan_to_num(nan=math.inf)
 
 
 def reduce_to(gradient: Tensor, aligned: tuple[int, ...], layout: Layout, batch_size: int) -> Tensor:

@@ -46,9 +46,9 @@ class Lookup(Rule):
         same = indices.unsqueeze(2) == indices.unsqueeze(1)  # [B, T, T]
         gram = gradient @ gradient.mT
         length = gram.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
-        squared = (gram * same).sum((1, 2))
+        squared = (gram * same).sum(2).sum(1)
         spread = torch.einsum("bt,bts,bs->b", length, same.to(length.dtype), length)
-        terms = gradient.shape[2] + gradient.shape[1] ** 2 + 2
+        terms = gradient.shape[2] + 2 * gradient.shape[1] + 2
         return squared, gamma(terms, gradient.dtype) * spread
 
     def example_gradients(self, value, a, g, layout, batch_size):
