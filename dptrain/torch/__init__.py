@@ -7,7 +7,8 @@
 ``make_private`` does all three over a data set.
 """
 
-from .clipping import ClippedGrad, ClippedSum, clipped_grad
+from .clipped_sum import ClippedSum
+from .clipping import ClippedGrad, clipped_grad
 from .errors import Refused
 from .private import PrivateTraining, make_private
 from .release import PrivateGradient, apply, privatize

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -61,6 +62,18 @@ def check_model(model: nn.Module, parameters: dict[str, Tensor], method: Method)
                 f"{name or 'the model'} is a BatchNorm in training mode, which lets one example move "
                 "another's gradient: convert it to GroupNorm, or freeze it with .eval()."
             )
+
+
+@contextlib.contextmanager
+def parameters_untouched(model: nn.Module) -> Iterator[None]:
+    """Refuse a forward pass that writes to a parameter, frozen or not: it could write data."""
+    before = [(p, p._version) for p in model.parameters()]
+    yield
+    if any(p._version != version for p, version in before):
+        raise Refused(
+            "the forward pass writes to the model's parameters, which would be released without any "
+            "protection: keep such state in buffers that do not depend on the data."
+        )
 
 
 def check_losses(losses: Any, batch_size: int) -> None:

@@ -16,7 +16,7 @@ from dptrain.core.entropy import Key
 from dptrain.core.mechanism import Mechanism
 from dptrain.core.spec import StepSpec
 
-from .clipping import ClippedSum
+from .clipped_sum import ClippedSum
 from .guards import trainable
 from .noise import add_noise_
 

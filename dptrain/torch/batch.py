@@ -1,0 +1,109 @@
+"""One physical batch: forward under capture, norms, clip factors, clipped sum.
+
+The forward pass and the backward pass to the anchor, in which each use settles its norm; clip
+factors; the sum at the parameter-only values; one pull-back to the leaves.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from .capture import Capture
+from .clipped_sum import ClippedSum
+from .errors import Refused
+from .guards import backward, check_losses, parameters_untouched
+from .planner import Plan
+from .probe import CHANGING, Findings
+from .pullback import geometry, group_uses, leaves_of
+from .settlement import Settlement, clip_factors
+from .uses.base import widen
+
+
+class Task(Protocol):
+    """What is to be clipped, and to what norm."""
+
+    model: nn.Module
+    clip_norm: float
+
+    def loss_fn(self, model: nn.Module, batch: Any, /) -> Tensor: ...
+
+
+def replace_rows(batch: Any, keep: Tensor) -> Any:
+    """Masked rows become copies of a row that is not masked, whatever they hold (NaN, say)."""
+    stand_in = int(keep.to(torch.int8).argmax())
+    index = torch.arange(len(keep), device=keep.device)
+    index = torch.where(keep, index, torch.full_like(index, stand_in))
+    return tree_map(lambda t: t[index.to(t.device)] if isinstance(t, Tensor) else t, batch)
+
+
+def clip_batch(
+    task: Task,
+    plan: Plan,
+    parameters: dict[str, Tensor],
+    batch: Any,
+    mask: Tensor | None,
+    batch_size: int,
+) -> ClippedSum:
+    settle = Settlement(plan, batch_size)
+    capture, losses = _forward(task, plan, parameters, batch, batch_size, settle.norms)
+    total = losses.sum() if mask is None else torch.where(mask, losses, 0.0).sum()
+    backward(capture, total, parameters, retain_graph=plan.second_backward)
+    squared = settle.finish(capture, parameters)
+    finite = squared.isfinite() & losses.detach().isfinite()
+    everything_finite = bool(finite.all())  # masked rows too: one that overflowed must be zeroed
+    included = finite if mask is None else finite & mask
+    factors = torch.where(included, clip_factors(squared, task.clip_norm), 0.0)
+    settle.factors, settle.included = factors, None if everything_finite else included
+    if plan.second_backward:
+        # The same loss again, not a weighted one: every gradient has the bits of the first pass,
+        # whose norms were taken, and clip factors are applied in float32 where it is contracted.
+        capture.sink = settle.weighted
+        backward(capture, total, parameters, retain_graph=False)
+    else:
+        settle.contract(capture)
+    grads = settle.pull_back(capture, parameters)
+    for name, p in parameters.items():
+        if name not in grads:
+            grads[name] = torch.zeros_like(widen(p.detach()))
+    grads = {name: grads[name].detach().reshape(p.shape) for name, p in parameters.items()}
+    keep = torch.ones_like(included) if mask is None else mask
+    return ClippedSum(
+        grads,
+        torch.where(keep, squared.sqrt(), 0.0),
+        torch.where(keep, losses.detach(), 0.0),
+        task.clip_norm,
+    )
+
+
+def _forward(task, plan: Plan, parameters, batch, batch_size, sink) -> tuple[Capture, Tensor]:
+    capture = Capture(parameters, batch_size, sink, plan.findings.layouts)
+    alias = lambda t: capture.mark_data(t.detach().view_as(t)) if isinstance(t, Tensor) else t  # noqa: E731
+    entered = tree_map(alias, batch)
+    with parameters_untouched(task.model), torch.enable_grad(), capture:
+        losses = task.loss_fn(task.model, entered)
+    check_losses(losses, batch_size)
+    _check_trace(plan.findings, capture, parameters)
+    return capture, losses
+
+
+def _check_trace(findings: Findings, capture: Capture, parameters: dict[str, Tensor]) -> None:
+    """The step must do what the probe saw: the same uses of the same elements of the same leaves."""
+    names = capture.names
+    trace = [(u.operation, u.rule, u.value.shape, leaves_of(u.value, names)) for u in capture.uses]
+    if trace != [fact.trace for fact in findings.uses]:
+        raise Refused(CHANGING)
+    copied = False
+    for index in findings.shared:
+        value, fact = capture.uses[index].value, findings.uses[index]
+        seen = geometry(value, parameters[fact.leaves[0]])
+        if seen != fact.geometry:
+            raise Refused(CHANGING)
+        copied |= seen is None
+    if copied:  # a copied slice does not tell where it was taken from: look at all of them again
+        again = group_uses(capture.uses, names, parameters)
+        if [(g.kind, g.uses) for g in again] != [(g.kind, g.uses) for g in findings.groups]:
+            raise Refused(CHANGING)

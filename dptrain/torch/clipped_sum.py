@@ -1,0 +1,57 @@
+"""A sum of clipped gradients: bounded, not yet private."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ClippedSum:
+    """A sum of clipped per-example gradients: bounded, but not private until noise is added.
+
+    Attributes:
+        grads: by parameter name, the sum over examples of clipped gradients, shaped like the
+            parameter, in float32 or better.
+        norms: ``[B]``, per-example norms before clipping, 0 where masked. Unprotected.
+        losses: ``[B]``, per-example losses, 0 where masked. Unprotected.
+        clip_norm: C, the bound on each example's part; infinite for the non-private method.
+    """
+
+    grads: dict[str, Tensor]
+    norms: Tensor
+    losses: Tensor
+    clip_norm: float
+
+    def __add__(self, other: ClippedSum) -> ClippedSum:
+        """Accumulate physical batches. Only sums of the same parameters and clip norm add."""
+        if not isinstance(other, ClippedSum):
+            return NotImplemented
+        if self.clip_norm != other.clip_norm or self.grads.keys() != other.grads.keys():
+            raise ValueError(
+                "these clipped sums have different clip norms or parameters: accumulate only "
+                "batches of one logical step."
+            )
+        return ClippedSum(
+            {name: g + other.grads[name] for name, g in self.grads.items()},
+            torch.cat([self.norms, other.norms]),
+            torch.cat([self.losses, other.losses]),
+            self.clip_norm,
+        )
+
+    def add_(self, other: ClippedSum) -> ClippedSum:
+        """Accumulate in place: the buffers of ``self`` are reused and returned."""
+        whole = self.clip_norm == other.clip_norm and self.grads.keys() == other.grads.keys()
+        if not whole:
+            return self + other
+        mine = list(self.grads.values())
+        if mine:
+            torch._foreach_add_(mine, [other.grads[name] for name in self.grads])
+        return ClippedSum(
+            self.grads,
+            torch.cat([self.norms, other.norms]),
+            torch.cat([self.losses, other.losses]),
+            self.clip_norm,
+        )
