@@ -427,7 +427,9 @@ def _value_digest(use: Use) -> tuple[float, float] | None:
     """Of a value that is no leaf: data must not change it."""
     if use.value.grad_fn is None:
         return None
-    flat = use.value.detach().double().flatten()
+    # masks hold -inf or the lowest number there is, next to which everything else would drown
+    flat = use.value.detach().double().flatten().nan_to_num(0, 0, 0)
+    flat = flat.where(flat.abs() < 1e30, 0)
     wave = torch.cos(torch.arange(flat.numel(), device=flat.device, dtype=flat.dtype) * 1.7)
     return float(flat.sum()), float(flat @ wave)
 

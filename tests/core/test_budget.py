@@ -33,8 +33,8 @@ def test_rate_and_length_from_sizes_and_epochs():
     assert answer.epochs == 2.0
 
 
-@pytest.mark.parametrize(("epochs", "steps"), [(2, 20), (0.1, 1), (0.01, 1), (2.05, 21), (3, 30)])
-def test_epochs_round_up_to_steps(epochs, steps):
+@pytest.mark.parametrize(("epochs", "steps"), [(2, 20), (0.1, 1), (0.01, 1), (2.04, 20), (2.06, 21), (3, 30)])
+def test_epochs_are_rounded_to_steps(epochs, steps):
     assert solve(noise_multiplier=1.0, epochs=epochs, **COMMON).mechanism.steps == steps
 
 
