@@ -87,11 +87,12 @@ def _pieces(run: Run, physical_batch_size: int) -> Iterator[tuple[Batch, torch.T
     The data set may read ahead. Every step has at least one piece: an empty logical batch is one
     piece that is masked throughout.
     """
-    sampler = LogicalSampler(len(run.train), run.mechanism.step(0).sampling, run.key.child("sampling"))
+    key = run.key.child("sampling")
     waiting: deque[tuple[PhysicalBatch, bool]] = deque()
 
     def indices() -> Iterator[torch.Tensor]:
         for step in range(run.mechanism.steps):
+            sampler = LogicalSampler(len(run.train), run.mechanism.step(step).sampling, key)
             pieces = list(physical_batches(sampler.sample(step), physical_batch_size))
             for number, piece in enumerate(pieces, 1):
                 waiting.append((piece, number == len(pieces)))
