@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 
-def main(run: Path, out: Path) -> None:
+def main(run: Path, out: Path, note: str | None = None) -> None:
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     evaluations = [m for m in metrics if m["event"] == "evaluation"]
     config = json.loads((run / "config.json").read_text())
@@ -27,7 +27,9 @@ def main(run: Path, out: Path) -> None:
         "commit": commit.stdout.strip(),
         "torch": torch.__version__,
         "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
+        "note": note,
         "config": config,
+        "summary": json.loads((run / "summary.json").read_text()),
         "final": evaluations[-1],
         "evaluations": evaluations,
         "other_events": [m for m in metrics if m["event"] not in ("evaluation", "unprotected")],
@@ -37,4 +39,4 @@ def main(run: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:4])
