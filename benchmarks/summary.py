@@ -48,11 +48,20 @@ def accuracy_rows(found: dict[str, dict]) -> list[str]:
         if record.get("kind") != "training run":
             continue
         config, final = record["config"], record["final"]
-        minutes = final["elapsed_s"] / 60
+        seconds = final["elapsed_s"]
+        time = f"{seconds / 60:.1f} min" if seconds > 60 else f"{seconds:.1f} s"
+        how = "from scratch"
+        if config["weights"]:
+            how = f"ImageNet weights, {config['trainable']} parameters, {config['image_size']} pixels"
+            how = how.replace("head parameters", "head only")
+        what = "training on cached features" if config["cache_features"] else "training"
+        # examples that take part in a step, on average, over the sample rate
+        step = record["summary"]["mechanism"]["segments"][0]["step"]
+        size = round(step["expected_batch_size"] / step["sampling"]["sample_rate"])
         rows.append(
-            f"| {config['model']} on {config['data']}, ε = {config['epsilon']:g}, "
-            f"δ = {config['delta']:g}, true Poisson sampling | **{100 * final['accuracy']:.1f} %** test "
-            f"accuracy in {minutes:.1f} min | `results/{name}` |"
+            f"| {config['model']} on {config['data']} ({size:,} examples), {how}, "
+            f"ε = {config['epsilon']:g}, δ = {config['delta']:g} | "
+            f"**{100 * final['accuracy']:.1f} %** test accuracy, {time} of {what} | `results/{name}` |"
         )
     return rows
 
