@@ -75,7 +75,7 @@ def picture(found: dict[str, dict], path: Path) -> None:
         heights = [results[m]["ratio_to_non_private"] for m in methods]
         colours = ["#1b6ca8" if m != "opacus" else "#b0b0b0" for m in methods]
         bars = axis.barh(methods[::-1], heights[::-1], color=colours[::-1])
-        axis.bar_label(bars, fmt="%.2f", padding=3)
+        axis.bar_label(bars, fmt="%.2f", padding=-32, color="white")
         axis.axvline(1.0, color="black", linewidth=1, linestyle="--")
         axis.set_xlim(0, 1.15)
         axis.set_title(f"{record['case']['model']}, batch {record['case']['batch']}", fontsize=10)
