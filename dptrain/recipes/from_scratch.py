@@ -23,5 +23,5 @@ def mnist_convnet() -> TrainConfig:
         steps=None,
         lr=3.0,
         optimizer="momentum",
-        weight_average=0.97,
+        weight_average=0.99,
     )
