@@ -1,6 +1,6 @@
 """Rebuild the README's table and picture from the records in ``results/``.
 
-    python benchmarks/summary.py
+python benchmarks/summary.py
 """
 
 from __future__ import annotations

@@ -149,8 +149,16 @@ def test_norms_of_large_leaves_are_not_understated():
     assert abs(got / want - 1) < 1e-6
 
 
-def test_sums_are_not_rounded_to_a_narrow_type():
-    """1,000 examples push the same way: rounding their sum to bfloat16 would hide or double one."""
+NARROW = {
+    "scale": lambda s, x: (x.bfloat16() * s.w.to(torch.bfloat16)).float(),
+    "linear": lambda s, x: F.linear(x.bfloat16(), s.w.to(torch.bfloat16).unsqueeze(0)).float(),
+}
+
+
+@pytest.mark.parametrize("method", ["auto", "bk-ghost", "ghost"])
+@pytest.mark.parametrize("use", NARROW)
+def test_sums_are_not_rounded_to_a_narrow_type(use, method):
+    """Hundreds of examples push the same way: rounding their sum to bfloat16 hides or doubles one."""
 
     class Narrow(nn.Module):
         def __init__(self):
@@ -158,9 +166,9 @@ def test_sums_are_not_rounded_to_a_narrow_type():
             self.w = nn.Parameter(torch.ones(64))
 
         def forward(self, x):
-            return (x.bfloat16() * self.w.to(torch.bfloat16)).float()
+            return NARROW[use](self, x)
 
-    clipped = dpt.clipped_grad(Narrow(), lambda m, b: m(b).sum(1), clip_norm=1.0)
+    clipped = dpt.clipped_grad(Narrow(), lambda m, b: m(b).sum(1), clip_norm=1.0, method=method)
     x = torch.ones(420, 64)
     x[0, 0] = 2.0
     previous = None
