@@ -58,13 +58,12 @@ def clip_batch(
     included = finite if mask is None else finite & mask
     factors = torch.where(included, clip_factors(squared, task.clip_norm), 0.0)
     settle.factors, settle.included = factors, None if everything_finite else included
+    settle.contract(capture)
     if plan.second_backward:
         # The same loss again, not a weighted one: every gradient has the bits of the first pass,
         # whose norms were taken, and clip factors are applied in float32 where it is contracted.
-        capture.sink = settle.weighted
+        capture.sink = settle.second_pass
         backward(capture, total, parameters, retain_graph=False)
-    else:
-        settle.contract(capture)
     grads = settle.pull_back(capture, parameters)
     for name, p in parameters.items():
         if name not in grads:

@@ -161,8 +161,16 @@ class Settlement:
 
     # ---------------------------------------------------------------- the clipped sum
 
-    def weighted(self, use: Use, a: Tensor | None, g: Tensor) -> None:
-        """The sink of the second backward pass: contract at once, keep nothing."""
+    def second_pass(self, use: Use, a: Tensor | None, g: Tensor) -> None:
+        """The sink of the second backward pass: contract at once, keep nothing.
+
+        Uses whose gradients were kept in the first pass have their sum already.
+        """
+        _, _, route = self.group_of[use.index]
+        if route.sum == "second-backward" and self.plan.findings.uses[use.index].layout is not None:
+            self._contract(use, a, g)
+
+    def _contract(self, use: Use, a: Tensor | None, g: Tensor) -> None:
         layout = self.plan.findings.uses[use.index].layout
         if self.included is not None:
             a, g = use.rule.zero_rows(a, g, self.included, layout)
@@ -175,7 +183,7 @@ class Settlement:
         for index, gradient in self.gradients.items():
             self._add_sum(capture.uses[index].value, self._weigh(gradient))
         for index, (a, g) in self.operands.items():
-            self.weighted(capture.uses[index], a, g)
+            self._contract(capture.uses[index], a, g)
         self.gradients.clear()
         self.operands.clear()
 

@@ -307,3 +307,27 @@ def test_the_rehearsal_refuses_what_a_rule_gets_wrong(monkeypatch):
     monkeypatch.setattr(Linear, "example_gradients", lambda *a: 0.9 * right(*a))
     with pytest.raises(dpt.Refused, match="ordinary autograd"):
         dpt.clipped_grad(nn.Linear(5, 3).double(), squares, clip_norm=1.0, method="per-example")(rows())
+
+
+@pytest.mark.parametrize("method", ["ghost", "mixed-ghost", "fast-gradient", "bk-ghost", "auto"])
+def test_a_narrow_value_beside_ordinary_ones_is_counted_once(method):
+    """Its per-example gradients are kept, so a second backward pass must leave it alone."""
+
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.scale = nn.Linear(6, 6), nn.Parameter(torch.ones(6))
+
+        def forward(self, x):
+            return (self.layer(x).bfloat16() * self.scale.to(torch.bfloat16)).float()
+
+    def loss(model, batch):
+        return model(batch["x"]).square().sum(1)
+
+    torch.manual_seed(0)
+    model, batch = Mixed(), {"x": torch.randn(5, 6)}
+    out = dpt.clipped_grad(model, loss, clip_norm=2.0, method=method)(batch)
+    expected, norms = oracle.clipped_sum(model, loss, batch, 2.0)
+    torch.testing.assert_close(out.norms.double(), norms, rtol=1e-2, atol=0)
+    for name, want in expected.items():
+        torch.testing.assert_close(out.grads[name], want, rtol=2e-2, atol=5e-2)
