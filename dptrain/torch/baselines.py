@@ -10,9 +10,9 @@ from torch.utils._pytree import tree_map
 
 from dptrain.core.methods import Capture, Method
 
+from .bookkeeping import clip_factors
 from .errors import Refused
 from .guards import check_losses
-from .settlement import clip_factors
 from .uses.base import weighted_sum, widen
 
 Result = tuple[dict[str, Tensor], Tensor, Tensor]  # grads, norms [B], losses [B]

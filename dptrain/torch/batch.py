@@ -1,6 +1,6 @@
 """One physical batch: forward under capture, norms, clip factors, clipped sum.
 
-The forward pass and the backward pass to the anchor, in which each use settles its norm; clip
+The forward pass and the backward pass to the anchor, in which each use gives its part of the norm; clip
 factors; the sum at the parameter-only values; one pull-back to the leaves.
 """
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from .bookkeeping import Bookkeeping, clip_factors
 from .capture import Capture
 from .clipped_sum import ClippedSum
 from .errors import Refused
@@ -19,7 +20,6 @@ from .guards import backward, check_losses, parameters_untouched
 from .planner import Plan
 from .probe import CHANGING, Findings
 from .pullback import geometry, group_uses, leaves_of
-from .settlement import Settlement, clip_factors
 from .uses.base import widen
 
 
@@ -48,23 +48,31 @@ def clip_batch(
     mask: Tensor | None,
     batch_size: int,
 ) -> ClippedSum:
-    settle = Settlement(plan, batch_size)
-    capture, losses = _forward(task, plan, parameters, batch, batch_size, settle.norms)
+    """The clipped sum of one batch whose masked rows have been replaced, by a plan made for it.
+
+    Args:
+        mask: ``[B]`` bool, or None for all.
+
+    Raises:
+        Refused: the model does other than what the probe saw.
+    """
+    books = Bookkeeping(plan, batch_size)
+    capture, losses = _forward(task, plan, parameters, batch, batch_size, books.norms)
     total = losses.sum() if mask is None else torch.where(mask, losses, 0.0).sum()
     backward(capture, total, parameters, retain_graph=plan.second_backward)
-    squared = settle.finish(capture, parameters)
+    squared = books.finish(capture, parameters)
     finite = squared.isfinite() & losses.detach().isfinite()
     everything_finite = bool(finite.all())  # masked rows too: one that overflowed must be zeroed
     included = finite if mask is None else finite & mask
     factors = torch.where(included, clip_factors(squared, task.clip_norm), 0.0)
-    settle.factors, settle.included = factors, None if everything_finite else included
-    settle.contract(capture)
+    books.factors, books.included = factors, None if everything_finite else included
+    books.contract(capture)
     if plan.second_backward:
         # The same loss again, not a weighted one: every gradient has the bits of the first pass,
         # whose norms were taken, and clip factors are applied in float32 where it is contracted.
-        capture.sink = settle.second_pass
+        capture.sink = books.second_pass
         backward(capture, total, parameters, retain_graph=False)
-    grads = settle.pull_back(capture, parameters)
+    grads = books.pull_back(capture, parameters)
     for name, p in parameters.items():
         if name not in grads:
             grads[name] = torch.zeros_like(widen(p.detach()))

@@ -41,14 +41,14 @@ def clipped_grad(
     Args:
         model: any module; nothing is stored on it, and its ``.grad`` fields are not touched.
         loss_fn: ``loss_fn(model, batch) -> [B]``, one loss per example.
-        clip_norm: C > 0, the largest l2 norm of an example's gradient over all trainable
+        clip_norm: C, the largest l2 norm of an example's gradient over all trainable
             parameters (flat clipping, Abadi et al. 2016, arXiv 1607.00133).
         method: a name or alias of the table in ``dptrain.core.methods``.
         allow_unused: accept trainable parameters that take no part in the losses; their gradient
             is zero and they still receive noise.
 
     Raises:
-        ValueError: a clip norm that is not positive and finite, or an unknown method.
+        ValueError: a clip norm below 1e-12 or not finite, or an unknown method.
     """
     row = methods.resolve(method)
     clip_norm = float(clip_norm)

@@ -34,7 +34,7 @@ GPU = Machine(flops_per_s=5e13, bytes_per_s=2e12)
 
 @dataclass(frozen=True)
 class Route:
-    """How one use (or one group of tied or transformed values) is settled.
+    """How one use (or one group of tied or transformed values) is normed and summed.
 
     Attributes:
         norm: "direct", "gram" or "materialise".

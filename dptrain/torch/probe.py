@@ -3,9 +3,9 @@
 It runs on stand-in rows and on a copy of the model with randomised parameters (a zero-initialised
 head would hide mixing), and leaves the random state as it found it.
 
-(a) Back-propagate the loss of one example, then of another: of every recorded gradient, the rows
-    of all other examples must be exactly zero and its own not all zero.
-(b) Replace one example: every other loss, and every other row of every recorded operand and
+(a) Back-propagate the loss of one example (of each in turn, at the small sizes): of every recorded
+    gradient, the rows of all other examples must be exactly zero and its own not all zero.
+(b) Replace half of the examples: every other loss, and every other row of every recorded operand and
     gradient, must stay as it was up to rounding. A stop-gradient batch mean, a hand-written batch
     norm and capacity-limited routing pass (a) and still let one example move another's gradient.
 
@@ -126,7 +126,6 @@ class _Probe:
         self.stand_ins = StandIns(batch, mask, batch_size)
         self.parameters = trainable(self.model)
         self.buffers = {n: b.clone() for n, b in self.model.named_buffers()}
-        self.layouts: dict[Any, Any] | None = None
 
     # ---------------------------------------------------------------- ingredients
 

@@ -198,7 +198,7 @@ def tied_factors(
     """(rows, cols) of a use in the orientation of its leaf ``[rows, cols]``."""
     if isinstance(use.rule, Lookup):
         indices, gradient = use.rule.picked(a, g, layout, batch_size)
-        rows, cols = Side(indices.remainder(use.value.shape[0])), Side(gradient)
+        rows, cols = Side(indices), Side(gradient)
     else:
         factors = use.rule.factors(a, g, layout, batch_size)
         rows, cols = Side(factors.rows.squeeze(1)), Side(factors.cols.squeeze(1))

@@ -1,8 +1,8 @@
 """The rehearsal: before a method is used on a model, it must agree with ordinary autograd.
 
 On a copy of the model with a few stand-in rows, norms and the clipped sum are compared with those
-of single examples differentiated the ordinary way. It costs less than a step, and whatever a rule
-gets wrong is refused and not released.
+of single examples differentiated the ordinary way. Whatever a rule gets wrong is refused and not
+released.
 """
 
 from __future__ import annotations

@@ -140,8 +140,8 @@ def test_a_layer_picked_at_random_is_refused_or_bounded():
 
 
 def test_norms_of_large_leaves_are_not_understated():
-    """Float32 sums of squares of 33 million numbers: a naive one is 2 % low."""
-    from dptrain.torch.settlement import squared_norm
+    """Float32 sums of squares of 33 million numbers: a naive one is too low."""
+    from dptrain.torch.bookkeeping import squared_norm
 
     gradient = torch.full((1, 4096 * 8192), 1.3)
     got = float(squared_norm(gradient).sqrt())

@@ -157,7 +157,7 @@ def test_rule_7_no_example_contributes_more_than_the_clip_norm(method, autocast)
 
 
 def test_rule_7_clip_factors_are_not_rounded_to_the_compute_type():
-    from dptrain.torch.settlement import clip_factors
+    from dptrain.torch.bookkeeping import clip_factors
 
     squared = torch.rand(10_000) * 100 + 1
     parts = clip_factors(squared, 0.5).double() * squared.double().sqrt()

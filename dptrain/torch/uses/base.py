@@ -22,6 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dptrain.core import precision
+
 from ..layout import Layout
 
 
@@ -115,13 +117,11 @@ def weighted_sum(gradients: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def gamma(terms: int, dtype: torch.dtype) -> float:
-    """Higham's bound gamma_n = n u / (1 - n u) on the relative error of a sum of n products.
-
-    Higham, *Accuracy and Stability of Numerical Algorithms* (2002), Lemma 3.1: it holds for every
-    order of summation.
-    """
-    u = torch.finfo(dtype).eps / 2
-    return terms * u / (1 - terms * u) if terms * u < 0.5 else math.inf
+    """``core.precision.gamma`` for a torch type; infinite where it bounds nothing."""
+    try:
+        return precision.gamma(terms, str(dtype).removeprefix("torch."))
+    except ValueError:
+        return math.inf
 
 
 def gram_squared_norms(factors: Factors) -> tuple[Tensor, Tensor]:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from ..layout import Layout
-from .base import Factors, Rule, Size, gamma, widen
+from .base import Rule, Size, gamma, widen
 
 
 @dataclass(frozen=True)
 class Lookup(Rule):
-    """``a`` holds indices, ``g [*a.shape, *value[1:]]``; the value is a table ``[V, ...]``.
+    """``a`` holds indices in ``[0, V)``, ``g [*a.shape, *value[1:]]``; the value is a table ``[V, ...]``.
 
     Its rows factor is one-hot, so ``R R^T`` is a comparison of indices.
     """
@@ -55,8 +55,7 @@ class Lookup(Rule):
         indices, gradient = self.picked(a, g, layout, batch_size)
         table = gradient.new_zeros(batch_size * value[0], gradient.shape[2])
         offset = torch.arange(batch_size, device=indices.device).unsqueeze(1) * value[0]
-        wrapped = indices.remainder(value[0])  # negative indices count from the end
-        table.index_add_(0, (wrapped + offset).flatten(), gradient.flatten(0, 1))
+        table.index_add_(0, (indices + offset).flatten(), gradient.flatten(0, 1))
         return table.reshape(batch_size, *value)
 
     def contract(self, value, a, g, weights, layout, batch_size):
@@ -64,9 +63,5 @@ class Lookup(Rule):
         if weights is not None:
             gradient = gradient * weights.to(gradient.dtype).reshape(-1, 1, 1)
         table = gradient.new_zeros(value[0], gradient.shape[2])
-        table.index_add_(0, indices.remainder(value[0]).flatten(), gradient.flatten(0, 1))
+        table.index_add_(0, indices.flatten(), gradient.flatten(0, 1))
         return table.reshape(value)
-
-    def factors(self, a, g, layout, batch_size) -> Factors:
-        indices, gradient = self.picked(a, g, layout, batch_size)
-        return Factors(indices, gradient)

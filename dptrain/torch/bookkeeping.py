@@ -1,4 +1,4 @@
-"""How each use is settled: its part of the norms, then its part of the clipped sum."""
+"""What is kept of each use: its part of the norms, then its part of the clipped sum."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def clip_factors(squared: Tensor, clip_norm: float) -> Tensor:
     return torch.where(norms.isfinite(), factors, torch.zeros_like(factors))
 
 
-class Settlement:
+class Bookkeeping:
     """What becomes of each use in the backward pass of one physical batch."""
 
     def __init__(self, plan: Plan, batch_size: int):
@@ -84,9 +84,9 @@ class Settlement:
     def norms(self, use: Use, a: Tensor | None, g: Tensor) -> None:
         """The sink of the first backward pass."""
         with full_precision(g):
-            self._settle(use, a, g)
+            self._record(use, a, g)
 
-    def _settle(self, use: Use, a: Tensor | None, g: Tensor) -> None:
+    def _record(self, use: Use, a: Tensor | None, g: Tensor) -> None:
         number, group, route = self.group_of[use.index]
         fact = self.plan.findings.uses[use.index]
         if fact.layout is None and not bool(g.ne(0).any()):
@@ -97,7 +97,7 @@ class Settlement:
                 "operations depend on more than the shapes of the batch."
             )
         if group.kind is Kind.ALONE:
-            self._settle_alone(use, fact, route, a, g)
+            self._record_alone(use, fact, route, a, g)
             return
         if group.kind is Kind.TIED and route.norm == "gram":
             flipped = group.flipped[group.uses.index(use.index)]
@@ -112,7 +112,7 @@ class Settlement:
     def _example_gradients(self, use, fact, a, g) -> Tensor:
         return use.rule.example_gradients(use.value.shape, a, g, fact.layout, self.batch_size)
 
-    def _settle_alone(self, use, fact, route: Route, a, g) -> None:
+    def _record_alone(self, use, fact, route: Route, a, g) -> None:
         if route.norm == "gram":
             squared, bound = use.rule.squared_norms(a, g, fact.layout, self.batch_size)
             self._add(self._trusted(squared, bound, lambda: self._example_gradients(use, fact, a, g)))
@@ -212,8 +212,8 @@ def squared_norm(gradients: Tensor) -> Tensor:
     flat = widen(gradients).reshape(gradients.shape[0], -1)
     if flat.dtype == torch.float64 or flat.shape[1] <= BLOCK:
         return torch.linalg.vector_norm(flat, dim=1).square()
-    # A CPU's float32 norm adds one element after the other: 0.2 % are lost at 33 million elements,
-    # always downwards where the sum has grown large. Blocks, joined in float64, lose nothing.
+    # A CPU's float32 norm adds one square after the other, and the sum of millions of them swallows
+    # the small ones, so that the norm is understated. Blocks are joined in float64.
     whole = flat.shape[1] - flat.shape[1] % BLOCK
     blocks = torch.linalg.vector_norm(flat[:, :whole].unflatten(1, (-1, BLOCK)), dim=2)
     rest = torch.linalg.vector_norm(flat[:, whole:], dim=1, keepdim=True)
