@@ -6,20 +6,22 @@ factors; the sum at the parameter-only values; one pull-back to the leaves.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from . import routing
 from .bookkeeping import Bookkeeping, clip_factors
 from .capture import Capture
 from .clipped_sum import ClippedSum
-from .errors import Refused
 from .guards import backward, check_losses, parameters_untouched
-from .planner import Plan
-from .probe import CHANGING, Findings
-from .pullback import geometry, group_uses, leaves_of
+from .planner import Plan, make_plan
+from .pullback import group_uses
+from .trace import match
+from .understudy import ignore
 from .uses.base import widen
 
 
@@ -56,8 +58,10 @@ def clip_batch(
     Raises:
         Refused: the model does other than what the probe saw.
     """
+    capture, losses = _forward(task, plan, parameters, batch, batch_size)
+    plan = _settled(plan, capture, losses, mask, parameters, batch_size)
     books = Bookkeeping(plan, batch_size)
-    capture, losses = _forward(task, plan, parameters, batch, batch_size, books.norms)
+    capture.sink = books.norms
     total = losses.sum() if mask is None else torch.where(mask, losses, 0.0).sum()
     backward(capture, total, parameters, retain_graph=plan.second_backward)
     squared = books.finish(capture, parameters)
@@ -86,31 +90,26 @@ def clip_batch(
     )
 
 
-def _forward(task, plan: Plan, parameters, batch, batch_size, sink) -> tuple[Capture, Tensor]:
-    capture = Capture(parameters, batch_size, sink, plan.findings.layouts)
+def _forward(task, plan: Plan, parameters, batch, batch_size) -> tuple[Capture, Tensor]:
+    capture = Capture(parameters, batch_size, ignore, plan.findings.layouts)
     alias = lambda t: capture.mark_data(t.detach().view_as(t)) if isinstance(t, Tensor) else t  # noqa: E731
     entered = tree_map(alias, batch)
     with parameters_untouched(task.model), torch.enable_grad(), capture:
         losses = task.loss_fn(task.model, entered)
     check_losses(losses, batch_size)
-    _check_trace(plan.findings, capture, parameters)
     return capture, losses
 
 
-def _check_trace(findings: Findings, capture: Capture, parameters: dict[str, Tensor]) -> None:
-    """The step must do what the probe saw: the same uses of the same elements of the same leaves."""
-    names = capture.names
-    trace = [(u.operation, u.rule, u.value.shape, leaves_of(u.value, names)) for u in capture.uses]
-    if trace != [fact.trace for fact in findings.uses]:
-        raise Refused(CHANGING)
-    copied = False
-    for index in findings.shared:
-        value, fact = capture.uses[index].value, findings.uses[index]
-        seen = geometry(value, parameters[fact.leaves[0]])
-        if seen != fact.geometry:
-            raise Refused(CHANGING)
-        copied |= seen is None
-    if copied:  # a copied slice does not tell where it was taken from: look at all of them again
-        again = group_uses(capture.uses, names, parameters)
-        if [(g.kind, g.uses) for g in again] != [(g.kind, g.uses) for g in findings.groups]:
-            raise Refused(CHANGING)
+def _settled(plan: Plan, capture: Capture, losses, mask, parameters, batch_size: int) -> Plan:
+    """The plan for this batch: another one only where the data decide what an operation sees.
+
+    Raises:
+        Refused: the step does other than what the probe saw.
+    """
+    facts = match(plan.findings, capture, parameters)
+    if not plan.findings.routed:
+        return plan
+    facts = routing.settle(facts, capture, losses, mask, parameters, batch_size)
+    groups = tuple(group_uses(capture.uses, capture.names, parameters))
+    findings = dataclasses.replace(plan.findings, uses=facts, groups=groups)
+    return make_plan(plan.method, findings, batch_size, losses.device)

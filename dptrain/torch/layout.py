@@ -3,7 +3,10 @@
 Most operations keep the examples on the leading axis, but windows are folded into it
 (Swin: ``B * windows``), sequence-first code puts it second, and ``view(-1, d)`` folds positions
 into it. All of these are one axis of size ``outer * B * inner`` on which row ``r`` belongs to
-example ``(r // inner) % B``.
+example ``(r // inner) % B``: a ``Layout``.
+
+Where the data decide which rows an operation sees (the tokens of an expert, packed sequences), only
+the data can tell whose they are: ``Routed``, made anew for each batch (``routing.py``).
 """
 
 from __future__ import annotations
@@ -52,10 +55,62 @@ class Layout:
             return tensor.reshape(batch_size, -1, *tail)
         return self.split(tensor, batch_size).reshape(batch_size, -1, *tail)
 
+    def sorted_rows(self, tensor: Tensor, batch_size: int) -> Tensor:
+        """The same tensor, its leading axis sorted by example; a view where it is already."""
+        return self.split(tensor, batch_size).reshape(tensor.shape) if self.outer > 1 else tensor
+
     def per_row(self, weights: Tensor, ndim: int) -> Tensor:
         """Spread a weight per example ``[B]`` over the rows, ready to multiply a ``ndim`` tensor."""
         rows = weights.repeat_interleave(self.inner).repeat(self.outer)
         return rows.reshape((1,) * self.axis + (-1,) + (1,) * (ndim - self.axis - 1))
+
+
+class Routed:
+    """Rows that the data have sent about: each belongs to the example that ``owners`` names.
+
+    Rows of one example are brought together and padded with zeros to the same number for each, so
+    that whatever holds for a regular layout holds for this one: zeros add nothing to a gradient.
+
+    Args:
+        owners: int64, the shape of the leading axes that are rows.
+        batch_size: number of examples.
+    """
+
+    def __init__(self, owners: Tensor, batch_size: int):
+        flat = owners.flatten()
+        counts = torch.bincount(flat, minlength=batch_size)
+        order = flat.argsort(stable=True)
+        first = counts.cumsum(0) - counts
+        rank = torch.arange(len(flat), device=flat.device) - first[flat[order]]
+        self.owners = owners
+        #: most rows of any example
+        self.width = max(1, int(counts.max()))
+        self._places = torch.empty_like(flat).index_copy_(0, order, flat[order] * self.width + rank)
+
+    def __str__(self) -> str:
+        return "by routing"
+
+    def fits(self, tensor: Tensor, batch_size: int) -> bool:
+        return tensor.shape[: self.owners.dim()] == self.owners.shape
+
+    def sorted_rows(self, tensor: Tensor, batch_size: int) -> Tensor:
+        """``[B * width, ...]``, the row axes flattened."""
+        rows = tensor.flatten(0, self.owners.dim() - 1)
+        return rows.new_zeros(batch_size * self.width, *rows.shape[1:]).index_copy_(0, self._places, rows)
+
+    def split(self, tensor: Tensor, batch_size: int) -> Tensor:
+        """``[B, 1, width, ...]``, the row axes flattened."""
+        return self.sorted_rows(tensor, batch_size).unflatten(0, (batch_size, 1, self.width))
+
+    def examples_first(self, tensor: Tensor, batch_size: int, keep: int) -> Tensor:
+        tail = tensor.shape[tensor.dim() - keep :]
+        return self.sorted_rows(tensor, batch_size).reshape(batch_size, -1, *tail)
+
+    def per_row(self, weights: Tensor, ndim: int) -> Tensor:
+        return weights[self.owners].reshape(*self.owners.shape, *[1] * (ndim - self.owners.dim()))
+
+
+Placement = Layout | Routed
 
 
 def candidates(shape: torch.Size, batch_size: int, keep: int = 0) -> list[Layout]:

@@ -15,8 +15,8 @@ from dptrain.core import cost
 from dptrain.core.methods import Capture, Method, Norm, Sum
 
 from .errors import Refused
-from .probe import Findings, UseFacts
 from .pullback import Group, Kind
+from .trace import Findings, UseFacts
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Plan:
                         "parameter": ", ".join(fact.leaves),
                         "operation": fact.operation,
                         "value": tuple(fact.value),
-                        "examples": "no gradient" if fact.layout is None else str(fact.layout),
+                        "examples": _where(fact),
                         "positions": size.positions if size else None,
                         "pull-back": group.kind.value,
                         "norm": route.norm,
@@ -96,6 +96,12 @@ class Plan:
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in cells)
 
 
+def _where(fact: UseFacts) -> str:
+    if fact.routed:
+        return "by routing"
+    return "no gradient" if fact.layout is None else str(fact.layout)
+
+
 def make_plan(method: Method, findings: Findings, batch_size: int, device: torch.device) -> Plan:
     """Choose a route for each group.
 
@@ -106,7 +112,7 @@ def make_plan(method: Method, findings: Findings, batch_size: int, device: torch
     routes = []
     for group in findings.groups:
         facts = [findings.uses[i] for i in group.uses]
-        if any(fact.layout is None for fact in facts) and group.kind is not Kind.ALONE:
+        if any(not fact.reached for fact in facts) and group.kind is not Kind.ALONE:
             names = ", ".join(group.leaves)
             raise Refused(f"one of several uses of {names} never receives a gradient: detach it.")
         if method.capture is Capture.PLANNED:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .capture import Use
-from .layout import Layout
+from .layout import Placement
 from .uses.base import gamma, widen
 from .uses.linear import Linear
 from .uses.lookup import Lookup
@@ -193,7 +193,7 @@ class Side:
 
 
 def tied_factors(
-    use: Use, flipped: bool, a: Tensor | None, g: Tensor, layout: Layout, batch_size: int
+    use: Use, flipped: bool, a: Tensor | None, g: Tensor, layout: Placement, batch_size: int
 ) -> tuple[Side, Side]:
     """(rows, cols) of a use in the orientation of its leaf ``[rows, cols]``."""
     if isinstance(use.rule, Lookup):

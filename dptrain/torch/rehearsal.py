@@ -33,11 +33,11 @@ def rehearse(stage: Stage, plan: Plan) -> None:
 
 
 def _rehearse(stage: Stage, plan: Plan) -> None:
-    parameters = trainable(stage.model)
+    parameters = trainable(stage.understudy.model)
     rows = lambda: tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, stage.rows)  # noqa: E731
-    stage.reset()
+    stage.understudy.reset()
     with torch.enable_grad():
-        losses = stage.loss_fn(stage.model, rows())
+        losses = stage.understudy.loss_fn(stage.understudy.model, rows())
     leaves = list(parameters.values())
     examples = [
         torch.autograd.grad(losses[b], leaves, retain_graph=True, allow_unused=True)
@@ -49,8 +49,8 @@ def _rehearse(stage: Stage, plan: Plan) -> None:
     bound = float(norms.median())
     if not bool(norms.isfinite().all()) or bound < 1e-10:
         return  # the probe went on until its rows were conclusive, with other parameters
-    task = SimpleNamespace(model=stage.model, loss_fn=stage.loss_fn, clip_norm=bound)
-    stage.reset()
+    task = SimpleNamespace(model=stage.understudy.model, loss_fn=stage.understudy.loss_fn, clip_norm=bound)
+    stage.understudy.reset()
     out = clip_batch(task, plan, parameters, rows(), None, stage.size)
     tolerance = _tolerance(leaves, losses)
     if not torch.allclose(out.norms.double(), norms, rtol=tolerance, atol=0):

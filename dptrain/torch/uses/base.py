@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dptrain.core import precision
 
-from ..layout import Layout
+from ..layout import Placement, Routed
 
 
 class Factors(NamedTuple):
@@ -59,7 +59,11 @@ class Rule:
     def kind(self) -> str:
         return type(self).__name__.lower()
 
-    def has_gram(self, layout: Layout) -> bool:
+    def row_axes(self, g: Tensor) -> int:
+        """How many leading axes of ``g`` are rows that data could have routed; 0 if it cannot be said."""
+        return g.dim() - self.features
+
+    def has_gram(self, layout: Placement) -> bool:
         """Whether the norm has a Gram form where the examples lie as ``layout`` says."""
         return False
 
@@ -67,17 +71,17 @@ class Rule:
         """Canonical size of an outer use, None for a direct one."""
         return None
 
-    def factors(self, a: Tensor | None, g: Tensor, layout: Layout, batch_size: int) -> Factors:
+    def factors(self, a: Tensor | None, g: Tensor, layout: Placement, batch_size: int) -> Factors:
         raise NotImplementedError(f"{self.kind} has no outer-product form")
 
     def example_gradients(
-        self, value: torch.Size, a: Tensor | None, g: Tensor, layout: Layout, batch_size: int
+        self, value: torch.Size, a: Tensor | None, g: Tensor, layout: Placement, batch_size: int
     ) -> Tensor:
         """Per-example gradients ``[B, *value]`` in float32 or better."""
         raise NotImplementedError
 
     def squared_norms(
-        self, a: Tensor | None, g: Tensor, layout: Layout, batch_size: int
+        self, a: Tensor | None, g: Tensor, layout: Placement, batch_size: int
     ) -> tuple[Tensor, Tensor]:
         """Squared norms ``[B]`` by the Gram form and a bound ``[B]`` on their rounding error."""
         raise NotImplementedError(f"{self.kind} has no Gram form")
@@ -88,7 +92,7 @@ class Rule:
         a: Tensor | None,
         g: Tensor,
         weights: Tensor | None,
-        layout: Layout,
+        layout: Placement,
         batch_size: int,
     ) -> Tensor:
         """Sum over examples, each weighted by ``weights [B]`` (None: already in ``g``)."""
@@ -96,7 +100,7 @@ class Rule:
         return weighted_sum(gradients, weights)
 
     def zero_rows(
-        self, a: Tensor | None, g: Tensor, keep: Tensor, layout: Layout
+        self, a: Tensor | None, g: Tensor, keep: Tensor, layout: Placement
     ) -> tuple[Tensor | None, Tensor]:
         """Both operands with the rows of the examples not in ``keep [B]`` set to zero.
 
@@ -157,12 +161,17 @@ def gram_squared_norms(factors: Factors) -> tuple[Tensor, Tensor]:
     return squared, bound.nan_to_num(nan=math.inf)
 
 
-def reduce_to(gradient: Tensor, aligned: tuple[int, ...], layout: Layout, batch_size: int) -> Tensor:
+def reduce_to(gradient: Tensor, aligned: tuple[int, ...], layout: Placement, batch_size: int) -> Tensor:
     """Per-example gradients of a value that was broadcast from ``aligned`` to ``gradient.shape``.
 
     Returns ``[B, *aligned]``. Where the value itself varies along the axis of the examples (a
     position table expanded and then transformed), row b of the result keeps only its own rows.
     """
+    if isinstance(layout, Routed):  # aligned is one on all axes of rows
+        rows = layout.split(gradient, batch_size).sum((1, 2), dtype=widen(gradient[:0]).dtype)
+        rest = aligned[layout.owners.dim() :]
+        summed = [d + 1 for d, size in enumerate(rest) if size == 1]
+        return (rows.sum(summed) if summed else rows).reshape(batch_size, *aligned)
     axis = layout.axis
     ndim = gradient.dim()
     split = layout.split(gradient, batch_size)  # [B, ..., outer, inner, ...]

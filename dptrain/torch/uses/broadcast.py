@@ -15,6 +15,9 @@ class Broadcast(Rule):
 
     aligned: tuple[int, ...] = ()
 
+    def row_axes(self, g):
+        return next((axis for axis, size in enumerate(self.aligned) if size != 1), len(self.aligned))
+
     def example_gradients(self, value, a, g, layout, batch_size):
         return reduce_to(g, self.aligned, layout, batch_size).reshape(batch_size, *value)
 
@@ -29,6 +32,9 @@ class Broadcast(Rule):
 @dataclass(frozen=True)
 class PerExample(Rule):
     """A value that was handed to each example by itself: ``g [B, *value]`` is the answer."""
+
+    def row_axes(self, g):
+        return 0
 
     def example_gradients(self, value, a, g, layout, batch_size):
         return g.reshape(batch_size, *value).to(torch.promote_types(g.dtype, torch.float32))

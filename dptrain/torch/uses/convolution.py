@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..layout import Layout
+from ..layout import Placement
 from .base import Factors, Rule, Size, gram_squared_norms, widen
 
 #: unfolded patches are formed for as many examples at a time as fit into this many bytes
@@ -39,7 +39,7 @@ class Convolution(Rule):
     def kind(self) -> str:
         return f"conv{len(self.kernel)}d" + (" transposed" if self.transposed else "")
 
-    def has_gram(self, layout: Layout) -> bool:
+    def has_gram(self, layout: Placement) -> bool:
         return True
 
     def size(self, value: torch.Size, a: Tensor | None, g: Tensor, batch_size: int) -> Size:
@@ -65,12 +65,10 @@ class Convolution(Rule):
         order = [0, 1, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims)]
         return view.permute(order).reshape(n, self.groups, positions.numel(), -1)
 
-    def _operands(self, a: Tensor, g: Tensor, layout: Layout, batch_size: int) -> tuple[Tensor, Tensor]:
+    def _operands(self, a: Tensor, g: Tensor, layout: Placement, batch_size: int) -> tuple[Tensor, Tensor]:
         """(image, out), examples leading: ``[B * m, I, *S]``, ``[B * m, O, *S']``."""
         image, out = (g, a) if self.transposed else (a, g)
-        if layout.outer > 1:
-            image, out = (layout.split(t, batch_size).reshape(t.shape) for t in (image, out))
-        return image, out
+        return layout.sorted_rows(image, batch_size), layout.sorted_rows(out, batch_size)
 
     def _factors(self, image: Tensor, out: Tensor, examples: int) -> Factors:
         rows = widen(out).flatten(2).unflatten(1, (self.groups, -1)).mT  # [N, E, T, R]

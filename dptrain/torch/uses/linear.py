@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..layout import Layout
+from ..layout import Placement
 from .base import Factors, Rule, Size, gram_squared_norms, positions_of, reduce_to, widen
 
 
@@ -21,20 +21,20 @@ class Linear(Rule):
     def _order(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         return (a, g) if self.transposed else (g, a)
 
-    def has_gram(self, layout: Layout) -> bool:
+    def has_gram(self, layout: Placement) -> bool:
         return True
 
     def size(self, value: torch.Size, a: Tensor | None, g: Tensor, batch_size: int) -> Size:
         return Size(1, positions_of(g, batch_size, 1), value[0], value[1])
 
-    def _examples(self, a: Tensor, g: Tensor, layout: Layout, batch_size: int) -> tuple[Tensor, Tensor]:
+    def _examples(self, a: Tensor, g: Tensor, layout: Placement, batch_size: int) -> tuple[Tensor, Tensor]:
         rows, cols = self._order(a, g)
         return (
             widen(layout.examples_first(rows, batch_size, 1)),
             widen(layout.examples_first(cols, batch_size, 1)),
         )
 
-    def factors(self, a: Tensor | None, g: Tensor, layout: Layout, batch_size: int) -> Factors:
+    def factors(self, a: Tensor | None, g: Tensor, layout: Placement, batch_size: int) -> Factors:
         rows, cols = self._examples(a, g, layout, batch_size)
         return Factors(rows.unsqueeze(1), cols.unsqueeze(1))
 
@@ -62,13 +62,16 @@ class GroupedLinear(Rule):
 
     features = 1
 
-    def has_gram(self, layout: Layout) -> bool:
+    def row_axes(self, g):
+        return 0  # rows of one group each: the data would have to route within it
+
+    def has_gram(self, layout: Placement) -> bool:
         return layout.axis > 0
 
     def size(self, value: torch.Size, a: Tensor | None, g: Tensor, batch_size: int) -> Size:
         return Size(value[0], positions_of(g, batch_size, 1) // value[0], value[1], value[2])
 
-    def factors(self, a: Tensor | None, g: Tensor, layout: Layout, batch_size: int) -> Factors:
+    def factors(self, a: Tensor | None, g: Tensor, layout: Placement, batch_size: int) -> Factors:
         def canonical(t: Tensor) -> Tensor:
             split = layout.split(t, batch_size)  # [B, E, ..., F]
             return widen(split.reshape(batch_size, t.shape[0], -1, t.shape[-1]))

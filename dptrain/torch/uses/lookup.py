@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..layout import Layout
+from ..layout import Placement
 from .base import Rule, Size, gamma, widen
 
 
@@ -25,13 +25,13 @@ class Lookup(Rule):
     def features(self) -> int:  # type: ignore[override]
         return self.trailing
 
-    def has_gram(self, layout: Layout) -> bool:
+    def has_gram(self, layout: Placement) -> bool:
         return True
 
     def size(self, value: torch.Size, a: Tensor | None, g: Tensor, batch_size: int) -> Size:
         return Size(1, a.numel() // batch_size, value[0], value.numel() // value[0])
 
-    def picked(self, a: Tensor, g: Tensor, layout: Layout, batch_size: int) -> tuple[Tensor, Tensor]:
+    def picked(self, a: Tensor, g: Tensor, layout: Placement, batch_size: int) -> tuple[Tensor, Tensor]:
         """Indices ``[B, T]`` and gradients ``[B, T, D]``, those of the padding index zeroed."""
         indices = layout.examples_first(a, batch_size, 0)
         gradient = layout.examples_first(g, batch_size, self.trailing)

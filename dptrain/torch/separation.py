@@ -1,0 +1,233 @@
+"""That examples stay apart, seen at the real batch size.
+
+(a) Back-propagate the losses of half of the examples: of every recorded gradient, the rows of the
+    other half must be exactly zero and its own not all zero.
+(b) Replace the other half: every loss of the first, and every row of theirs in every recorded operand
+    and gradient, must stay as it was up to rounding. A stop-gradient batch mean, a hand-written batch
+    norm and capacity-limited routing pass (a) and still let one example move another's gradient.
+(c) The losses again, with rows that are loud and with rows that crowd together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from . import routing
+from .capture import Use
+from .errors import Refused
+from .guards import backward, listed
+from .structure import Structure
+from .trace import CHANGING, Findings, UseFacts, match, names
+from .understudy import Understudy
+
+WRITTEN = (
+    "the forward pass writes to the model's parameters, which would be released without any "
+    "protection: keep such state in buffers that do not depend on the data, or freeze the module."
+)
+#: a batch mean of a thousand examples moves by 1e-3; rounding by less than this
+TOLERANCE = 3e-5
+
+
+class Misfit(Exception):
+    """A use whose examples are not where the small sizes had them."""
+
+    def __init__(self, fact: UseFacts):
+        super().__init__(fact.operation)
+        self.fact = fact
+
+
+@dataclass
+class Record:
+    """One pass in which the losses of some examples were back-propagated."""
+
+    losses: Tensor
+    findings: Findings
+    #: of each use by name: two numbers a row for the gradient, two for the operand
+    digests: dict[tuple, Tensor]
+    #: of each value that is no leaf, by name
+    values: dict[tuple, tuple[float, float]]
+    buffers: dict[str, Tensor]
+    #: names of uses that some example moved
+    moved: set[tuple]
+
+
+def check(understudy: Understudy, structure: Structure, size: int, attempt: int) -> Record | None:
+    """(a), (b) and (c); None if the stand-ins of this attempt can tell nothing.
+
+    Raises:
+        Refused: examples mix, or data is written where it would be released.
+        Misfit: see there.
+    """
+    understudy.randomise(attempt)
+    rows = understudy.stand_ins(size, attempt)
+    kept = torch.zeros(size, dtype=torch.bool)
+    kept[torch.randperm(size, generator=torch.Generator().manual_seed(attempt))[: (size + 1) // 2]] = True
+    written = _parameter_digest(understudy.model)
+    first = _record(understudy, structure, rows, kept)
+    if _parameter_digest(understudy.model) != written:
+        raise Refused(WRITTEN)
+    if first is None:
+        return None
+    other_rows = _choose(kept, rows, understudy.stand_ins(size, attempt + 1, salt=1))
+    second = _record(understudy, structure, other_rows, kept, first.findings)
+    if second is None or bool((first.losses == second.losses)[~kept].all()):
+        return None
+    _compare(first, second, kept)
+    _loud(understudy, structure.layouts, rows, first.losses, kept)
+    _crowded(understudy, structure.layouts, size, attempt)
+    return first
+
+
+def _record(understudy: Understudy, structure: Structure, rows, kept, known=None) -> Record | None:
+    size = len(kept)
+    capture, losses = understudy.forward(rows, size, structure.layouts)
+    kept = kept.to(losses.device)
+    if not bool(losses.isfinite().all()):
+        return None
+    findings = known or structure.at_size(capture, understudy.parameters)
+    facts = match(findings, capture, understudy.parameters)
+    facts = routing.settle(facts, capture, losses, None, understudy.parameters, size)
+    called = names(facts)
+    record = Record(losses.detach(), findings, {}, {}, {}, set())
+    for name, use in zip(called, capture.uses):
+        if use.value.grad_fn is not None:
+            record.values[name] = _value_digest(use)
+
+    def look(use: Use, a: Tensor | None, g: Tensor) -> None:
+        fact = facts[use.index]
+        if fact.layout is None:
+            if bool(g.ne(0).any()):
+                raise Refused(CHANGING)
+            return
+        if not fact.layout.fits(g, size):
+            raise Misfit(fact)
+        split = fact.layout.split(g, size).reshape(size, -1)
+        busy = split.ne(0).any(1)
+        if bool(busy[~kept].any()):
+            if not fact.routed and use.rule.row_axes(g):
+                raise Misfit(fact)
+            raise Refused(
+                f"examples mix in {use.operation} with {listed(fact.leaves)}: the loss of one "
+                "example moves another's part of its gradient."
+            )
+        if bool(busy.any()):
+            record.moved.add(called[use.index])
+        parts = [_digest(split)]
+        if a is not None and fact.layout.fits(a, size):
+            parts.append(_digest(fact.layout.split(a, size).reshape(size, -1)))
+        record.digests[called[use.index]] = torch.stack(parts, 1)
+
+    capture.sink = look
+    backward(capture, losses[kept].sum(), understudy.parameters, retain_graph=False)
+    record.buffers = understudy.buffers()
+    return record
+
+
+def _compare(first: Record, second: Record, kept: Tensor) -> None:
+    for name in first.values.keys() & second.values.keys():
+        if first.values[name] != second.values[name]:
+            raise Refused(
+                "data reaches a value made of parameters by a way that cannot be followed, such as "
+                "numpy or torch.func.vmap: compute it with ordinary tensor operations."
+            )
+    for name, buffer in second.buffers.items():
+        if not torch.equal(buffer, first.buffers[name]):
+            raise Refused(
+                f"the buffer {name} of the model depends on the data, which would be released "
+                "without any protection: freeze it, for example with .eval() on its module."
+            )
+    _check_losses(first.losses, second.losses, kept)
+    for name in first.digests.keys() & second.digests.keys():
+        if not _same(first.digests[name], second.digests[name], kept):
+            operation, leaves, *_ = name
+            raise Refused(
+                f"examples mix in {operation} with {listed(leaves)}: replacing one example changes "
+                "another's part of the gradient."
+            )
+
+
+def _loud(understudy: Understudy, layouts, rows: Any, losses: Tensor, kept: Tensor) -> None:
+    """Some rows a thousand times as large: what a threshold or a maximum would notice."""
+
+    def amplify(t):
+        if not isinstance(t, Tensor) or not t.is_floating_point():
+            return t
+        return torch.where(_column(kept, t), t, 1e3 * t)
+
+    if not any(isinstance(t, Tensor) and t.is_floating_point() for t in understudy.stand_ins.leaves):
+        return
+    try:
+        _, changed = understudy.forward(tree_map(amplify, rows), len(kept), layouts)
+    except Refused:
+        raise
+    except Exception:  # such rows can be outside what a loss accepts
+        return
+    _check_losses(losses, changed.detach(), kept)
+
+
+def _crowded(understudy: Understudy, layouts, size: int, attempt: int) -> None:
+    """Rows nearly alike and then half of them another: what fills a router's capacity."""
+    rows = understudy.stand_ins.crowd(size, attempt)
+    kept = torch.arange(size) >= (size + 1) // 2  # routing favours whoever comes first
+    _, losses = understudy.forward(rows, size, layouts)
+    for salt, sign in enumerate((-1.0, 1.0)):  # a row that is routed elsewhere must be met
+        new = understudy.stand_ins.crowd(size, attempt + 1, 1 + salt, sign)
+        _, changed = understudy.forward(_choose(kept, rows, new), size, layouts)
+        _check_losses(losses.detach(), changed.detach(), kept)
+
+
+def _check_losses(losses: Tensor, changed: Tensor, kept: Tensor) -> None:
+    if not _same(losses, changed, kept.to(losses.device)):
+        raise Refused("examples mix: replacing one example changes the loss of another.")
+
+
+# ------------------------------------------------------------------ digests
+
+
+def _column(rows: Tensor, like: Tensor) -> Tensor:
+    return rows.to(like.device).reshape(-1, *[1] * (like.dim() - 1))
+
+
+def _choose(keep: Tensor, rows: Any, new: Any) -> Any:
+    """The rows in ``keep`` from one batch, the others from another."""
+    return tree_map(
+        lambda t, u: torch.where(_column(keep, t), t, u) if isinstance(t, Tensor) else t, rows, new
+    )
+
+
+def _parameter_digest(model: nn.Module) -> list[float]:
+    return [float(p.detach().double().sum()) for p in model.parameters()]
+
+
+def _value_digest(use: Use) -> tuple[float, float]:
+    """Of a value that is no leaf: data must not change it."""
+    # masks hold -inf or the lowest number there is, next to which everything else would drown
+    flat = use.value.detach().double().flatten().nan_to_num(0, 0, 0)
+    flat = flat.where(flat.abs() < 1e30, 0)
+    wave = torch.cos(torch.arange(flat.numel(), device=flat.device, dtype=flat.dtype) * 1.7)
+    return float(flat.sum()), float(flat @ wave)
+
+
+def _digest(rows: Tensor) -> Tensor:
+    """Two numbers a row: a projection and the norm; ``[B, F] -> [B, 2]`` in float64."""
+    flat = rows.double() if not rows.is_floating_point() or rows.dtype == torch.float64 else rows.float()
+    direction = torch.cos(torch.arange(flat.shape[1], device=flat.device, dtype=flat.dtype) * 1.7)
+    return torch.stack([flat @ direction, flat.square().sum(1).sqrt()], 1).double()
+
+
+def _same(first: Tensor, second: Tensor, rows: Tensor) -> bool:
+    """Equal up to rounding in these rows; what is not finite must stay so."""
+    rows = rows.to(first.device)
+    first, second = first[rows].double(), second[rows].double()
+    finite = first.isfinite()
+    if bool((finite != second.isfinite()).any()):
+        return False
+    first, second = first.where(finite, 0), second.where(finite, 0)
+    scale = first.abs().amax(0, keepdim=True)
+    tolerance = TOLERANCE * scale + 1e-30
+    return bool(((first - second).abs() <= tolerance).all())

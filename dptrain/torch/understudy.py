@@ -1,0 +1,74 @@
+"""A copy of the model on stand-in rows, on which the probe tries things out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from .capture import Capture, Sink
+from .errors import Refused
+from .guards import check_losses, parameters_untouched, trainable
+from .stand_ins import StandIns, randomise, seed
+
+
+def ignore(*_: Any) -> None:
+    """The sink of a forward pass that is not to be back-propagated."""
+
+
+class Understudy:
+    """Takes the model's place: its parameters are randomised, its buffers reset before each pass.
+
+    Raises:
+        Refused: the model cannot be copied.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[nn.Module, Any], Tensor],
+        batch: Any,
+        mask: Tensor | None,
+        batch_size: int,
+    ):
+        self.original, self.loss_fn = model, loss_fn
+        try:
+            self.model = copy.deepcopy(model)
+        except Exception as error:
+            raise Refused(
+                f"the model cannot be copied for probing ({error}): use torch.nn.utils."
+                "parametrizations in place of the older weight_norm and spectral_norm."
+            ) from error
+        self.model.zero_grad(set_to_none=True)
+        self.stand_ins = StandIns(batch, mask, batch_size)
+        self.parameters = trainable(self.model)
+        self._buffers = {n: b.clone() for n, b in self.model.named_buffers()}
+
+    def randomise(self, attempt: int) -> None:
+        """A zero-initialised head would hide what comes before it."""
+        randomise(self.model, self.original, attempt)
+
+    def reset(self) -> None:
+        """Buffers and randomness as at the start."""
+        for name, buffer in self.model.named_buffers():
+            if not torch.equal(buffer, self._buffers[name]):  # else a graph may still need it as it is
+                buffer.copy_(self._buffers[name])
+        seed(7)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Copies of the buffers as they are now."""
+        return {n: b.clone() for n, b in self.model.named_buffers()}
+
+    def forward(self, rows: Any, size: int, layouts: Any, sink: Sink = ignore) -> tuple[Capture, Tensor]:
+        """A captured forward pass; the losses ``[size]``."""
+        self.reset()
+        capture = Capture(self.parameters, size, sink, layouts)
+        batch = tree_map(lambda t: capture.mark_data(t.clone()) if isinstance(t, Tensor) else t, rows)
+        with parameters_untouched(self.model), torch.enable_grad(), capture:
+            losses = self.loss_fn(self.model, batch)
+        check_losses(losses, size)
+        return capture, losses
