@@ -171,9 +171,12 @@ class Bookkeeping:
             self._contract(use, a, g)
 
     def _contract(self, use: Use, a: Tensor | None, g: Tensor) -> None:
-        layout = self.plan.findings.uses[use.index].layout
-        if self.included is not None:
-            a, g = use.rule.zero_rows(a, g, self.included, layout)
+        fact = self.plan.findings.uses[use.index]
+        layout, included = fact.layout, self.included
+        if included is None and fact.routed:  # rows of nobody may hold anything
+            included = torch.ones(self.batch_size, dtype=torch.bool, device=g.device)
+        if included is not None:
+            a, g = use.rule.zero_rows(a, g, included, layout)
         with full_precision(g):
             total = use.rule.contract(use.value.shape, a, widen(g), self.factors, layout, self.batch_size)
         self._add_sum(use.value, total)

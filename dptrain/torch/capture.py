@@ -199,6 +199,8 @@ class Capture(TorchFunctionMode):
 
         if (data or parameter) and getattr(func, "__name__", "") in operations.METADATA:
             return operations.metadata(self, func, args, kwargs)
+        if data and parameter and (settled := operations.chosen(self, func, args)) is not None:
+            return operations.parameter_only(self, func, settled, kwargs)
         if data and parameter and torch.is_grad_enabled():
             return self.mark_data(operations.mixed(self, func, args, kwargs))
         if parameter and not data:

@@ -161,3 +161,21 @@ class ExpandFunction(Function):
     def backward(ctx, g):
         ctx.use.arrive(None, g)
         return None, None, None, None
+
+
+class TapFunction(Function):
+    """Zeros ``[rows, N]``, added inside a loop to ``h W^T + b`` to catch the gradient of every step."""
+
+    @staticmethod
+    def forward(ctx, anchor, shape, dtype, weight_use, bias_use, operand):
+        ctx.uses, ctx.operand = (weight_use, bias_use), operand
+        return anchor.new_zeros(shape, dtype=dtype)
+
+    @staticmethod
+    def backward(ctx, g):
+        weight_use, bias_use = ctx.uses
+        if weight_use is not None:
+            weight_use.arrive(ctx.operand(), g)
+        if bias_use is not None:
+            bias_use.arrive(None, g)
+        return None, None, None, None, None, None

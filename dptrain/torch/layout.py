@@ -72,20 +72,22 @@ class Routed:
     that whatever holds for a regular layout holds for this one: zeros add nothing to a gradient.
 
     Args:
-        owners: int64, the shape of the leading axes that are rows.
+        owners: int64, the shape of the leading axes that are rows; -1 for rows without a gradient,
+            which are left out.
         batch_size: number of examples.
     """
 
     def __init__(self, owners: Tensor, batch_size: int):
         flat = owners.flatten()
-        counts = torch.bincount(flat, minlength=batch_size)
         order = flat.argsort(stable=True)
-        first = counts.cumsum(0) - counts
-        rank = torch.arange(len(flat), device=flat.device) - first[flat[order]]
+        self._rows = order[(flat < 0).sum() :]
+        mine = flat[self._rows]
+        counts = torch.bincount(mine, minlength=batch_size)
+        rank = torch.arange(len(mine), device=flat.device) - (counts.cumsum(0) - counts)[mine]
         self.owners = owners
         #: most rows of any example
         self.width = max(1, int(counts.max()))
-        self._places = torch.empty_like(flat).index_copy_(0, order, flat[order] * self.width + rank)
+        self._places = mine * self.width + rank
 
     def __str__(self) -> str:
         return "by routing"
@@ -95,7 +97,7 @@ class Routed:
 
     def sorted_rows(self, tensor: Tensor, batch_size: int) -> Tensor:
         """``[B * width, ...]``, the row axes flattened."""
-        rows = tensor.flatten(0, self.owners.dim() - 1)
+        rows = tensor.flatten(0, self.owners.dim() - 1)[self._rows]
         return rows.new_zeros(batch_size * self.width, *rows.shape[1:]).index_copy_(0, self._places, rows)
 
     def split(self, tensor: Tensor, batch_size: int) -> Tensor:
@@ -107,7 +109,8 @@ class Routed:
         return self.sorted_rows(tensor, batch_size).reshape(batch_size, -1, *tail)
 
     def per_row(self, weights: Tensor, ndim: int) -> Tensor:
-        return weights[self.owners].reshape(*self.owners.shape, *[1] * (ndim - self.owners.dim()))
+        rows = torch.where(self.owners >= 0, weights[self.owners.clamp(min=0)], torch.zeros_like(weights[:1]))
+        return rows.reshape(*self.owners.shape, *[1] * (ndim - self.owners.dim()))
 
 
 Placement = Layout | Routed

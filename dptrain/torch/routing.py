@@ -102,7 +102,7 @@ def _owners(
 
 
 def _read(plain: Tensor, scaled: list[Tensor], batch_size: int, broken: Tensor) -> Tensor:
-    """The owner of each row; a row without a gradient adds nothing, whoever has it."""
+    """The owner of each row; -1 where there is no gradient."""
     owners = torch.zeros(plain.shape, dtype=torch.int64, device=plain.device)
     busy = plain != 0
     for position, height in enumerate(scaled):
@@ -122,4 +122,4 @@ def _read(plain: Tensor, scaled: list[Tensor], batch_size: int, broken: Tensor) 
                 "whose they are: lower the learning rate, or clip the activations."
             )
         owners = torch.where(lost, broken[0], owners)  # all of these examples count for nothing
-    return torch.where(busy, owners, 0).clamp(0, batch_size - 1)
+    return torch.where(busy, owners.clamp(max=batch_size - 1), -1)

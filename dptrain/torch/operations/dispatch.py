@@ -8,12 +8,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..capture import Capture
 from .convolution import convolution
 from .generic import generic
 from .joining import attention, cat, prelu
-from .linear import addmm, baddbmm, einsum, linear, matmul
+from .linear import addmm, baddbmm, einsum, grouped_mm, linear, matmul
 from .norms import (
     batch_norm,
     group_norm,
@@ -23,6 +24,7 @@ from .norms import (
     rms_norm,
 )
 from .pointwise import pointwise, pointwise_name
+from .recurrent import cell, layer
 from .tables import embedding, getitem, index_select, setitem
 from .values import compact, detached, remember
 
@@ -47,6 +49,9 @@ RULES = {
     "mm": matmul,
     "bmm": matmul,
     "einsum": einsum,
+    "grouped_mm": grouped_mm,
+    "_grouped_mm": grouped_mm,
+    "grouped_mm_fallback": grouped_mm,  # transformers'
     "conv1d": convolution(1, False),
     "conv2d": convolution(2, False),
     "conv3d": convolution(3, False),
@@ -67,6 +72,14 @@ RULES = {
     "concatenate": cat,
     "stack": cat,
     "scaled_dot_product_attention": attention,
+    "lstm": layer,
+    "gru": layer,
+    "rnn_tanh": layer,
+    "rnn_relu": layer,
+    "lstm_cell": cell,
+    "gru_cell": cell,
+    "rnn_tanh_cell": cell,
+    "rnn_relu_cell": cell,
     "prelu": prelu,
 }
 
@@ -86,6 +99,23 @@ def mixed(capture: Capture, func, args: tuple, kwargs: dict) -> Any:
     if isinstance(func, types.FunctionType) and func.__module__.startswith("torch."):
         return capture.reenter(func, args, kwargs)
     return generic(capture, func, args, kwargs)
+
+
+def chosen(capture: Capture, func, args: tuple) -> tuple | None:
+    """The arguments with integers in place of single indices that data made, if there are any.
+
+    ``experts[i]`` for an expert ``i`` that some token of the batch was sent to: which parameter is
+    used is then a matter of routing, and its value as parameter-only as ever.
+    """
+    if getattr(func, "__name__", "") not in ("__getitem__", "select") or not capture.is_parameter(args[0]):
+        return None
+
+    def single(item: Any) -> Any:
+        lone = isinstance(item, Tensor) and item.dim() == 0 and not item.is_floating_point()
+        return int(item) if lone and item.dtype != torch.bool else item
+
+    settled = tree_map(single, args[1:])
+    return None if any(map(capture.is_data, tree_leaves(settled))) else (args[0], *settled)
 
 
 def metadata(capture: Capture, func, args: tuple, kwargs: dict) -> Any:

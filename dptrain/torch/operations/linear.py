@@ -164,3 +164,27 @@ def _einsum_spec(equation: str, operands) -> tuple[list[str], str] | None:
             if len({o.shape[t.index(label)] for t, o in zip(terms, operands) if label in t}) > 1:
                 return None
     return terms, out
+
+
+def grouped_mm(capture, func, input, weight, offs=None, *rest, **kwargs):
+    """One matrix for each run of rows, as experts are computed: a linear map for each.
+
+    ``input [N, K]`` sorted by group, ``weight [E, K, M]``, ``offs [E]`` where each group ends.
+    """
+    offs = kwargs.pop("offs", offs)
+    bias = kwargs.pop("bias", None)
+    extra = [v for v in (*rest, *kwargs.values()) if v is not None]
+    plain = not extra and bias is None and offs is not None and input.dim() == 2 and weight.dim() == 3
+    if not plain or not capture.is_data(input) or capture.is_data(weight):
+        raise Refused(
+            f"{func.__name__} on shapes {tuple(input.shape)} and {tuple(weight.shape)} has no rule: pass "
+            "rows [N, K] of data, weights [E, K, M] and offs, and neither a bias nor an output type."
+        )
+    start, out = 0, []
+    for matrix, end in zip(weight, offs.tolist()):
+        rows = capture.mark_data(input[start:end])
+        out.append(linear_map(capture, rows, matrix, None, True, "grouped_mm"))
+        start = end
+    if start < len(input):  # rows of no group, which the kernel leaves as they are
+        out.append(input.new_zeros(len(input) - start, weight.shape[2], dtype=out[0].dtype))
+    return torch.cat(out)
