@@ -120,6 +120,8 @@ class Capture(TorchFunctionMode):
         if mark is self._parameter or id(tensor) in self.names:
             return Sort.PARAMETER
         if tensor.grad_fn is None:
+            if tensor._base is not None:  # a view made under no_grad, which hands no gradient on
+                return Sort.CONSTANT
             raise Refused(
                 f"the forward pass uses a tensor of shape {tuple(tensor.shape)} that requires a "
                 "gradient but is no parameter of the model: register it on the model, or call "
@@ -197,6 +199,11 @@ class Capture(TorchFunctionMode):
     def call(self, func, args, kwargs, data: bool, parameter: bool) -> Any:
         from . import operations
 
+        if parameter and torch._C._functorch.maybe_current_level() is not None:
+            raise Refused(
+                "parameters are used under a transform of torch.func (vmap, grad, jvp), which cannot be "
+                "followed: write it with ordinary operations."
+            )
         if (data or parameter) and getattr(func, "__name__", "") in operations.METADATA:
             return operations.metadata(self, func, args, kwargs)
         if data and parameter and (settled := operations.chosen(self, func, args)) is not None:
@@ -241,6 +248,11 @@ class Capture(TorchFunctionMode):
             return _transparent(func)(*args, **kwargs)
 
     # ------------------------------------------------------------------ recomputation
+
+    @property
+    def replaying(self) -> bool:
+        """Whether an activation checkpoint is being recomputed."""
+        return self._replay is not None
 
     def recomputing(self) -> _Recomputation:
         """A context for the backward pass: calls seen there are activation checkpoints at work."""

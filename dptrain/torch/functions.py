@@ -115,10 +115,10 @@ class GroupNormFunction(Function):
         n, channels = x.shape[:2]
         size = x[0, 0].numel()
         # sums per example and channel are the per-example gradients: x-hat is never formed
-        flat = g.flatten(2)
+        flat = g.reshape(n, channels, size)
         total = flat.sum(2) if size > 1 else flat.squeeze(2)
         if weight_use is not None:
-            product = torch.einsum("ncs,ncs->nc", flat, x.flatten(2))
+            product = torch.einsum("ncs,ncs->nc", flat, x.reshape(n, channels, size))
             per_group = channels // ctx.groups
             m = mean.reshape(n, -1).repeat_interleave(per_group, 1)
             r = rstd.reshape(n, -1).repeat_interleave(per_group, 1)

@@ -30,7 +30,7 @@ from .uses.lookup import Lookup
 SELECTIONS = {
     "T", "Transpose", "Permute", "Movedim", "View", "UnsafeView", "ReshapeAlias", "Clone", "Alias",
     "Unsqueeze", "Squeeze", "Slice", "Select", "Split", "SplitWithSizes", "Unbind", "Expand",
-    "ToCopy", "Contiguous",
+    "ToCopy", "Contiguous", "ViewAsReal", "ViewAsComplex",
 }  # fmt: skip
 
 

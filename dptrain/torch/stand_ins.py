@@ -39,7 +39,7 @@ def randomise(model: nn.Module, original: nn.Module, attempt: int) -> None:
     scale = (0.5, 0.2, 0.05, 1.0)[attempt % 4]
     generator = torch.Generator().manual_seed(1000 + attempt)
     for name, mine in model.named_parameters():
-        if not mine.is_floating_point():
+        if not mine.is_floating_point() or not mine.numel():
             continue
         fan_in = mine[0].numel() if mine.dim() > 1 else 9
         noise = torch.randn(mine.shape, generator=generator) * (scale / max(1, fan_in) ** 0.5)

@@ -111,12 +111,10 @@ def find_structure(understudy: Understudy, batch_size: int) -> Structure:
     """
     understudy.randomise(0)
     sizes, layouts, passes = _first_passes(understudy, batch_size)
-    looks = []
-    for attempt in range(ATTEMPTS):
-        looks.append(_look(understudy, sizes[0], attempt, layouts, passes.pop(0) if passes else None))
-        if all(seen.options is not None for seen in looks[-1]):
-            break
+    looks = [_look(understudy, sizes[0], 0, layouts, passes.pop(0) if passes else None)]
     grown = _shapes(understudy, sizes[1], layouts, passes.pop(0) if passes else None) if sizes[1:] else None
+    while len(looks) < ATTEMPTS and not _enough(looks, grown):
+        looks.append(_look(understudy, sizes[0], len(looks), layouts, None))
     facts, patterns, routable, unsteady = [], set(), set(), []
     for index, (seen, shapes, steady) in enumerate(_aligned(looks, grown)):
         last = seen[-1]
@@ -217,6 +215,12 @@ def _occurrences(facts: Iterable[UseFacts]) -> dict[tuple, list[UseFacts]]:
     for fact in facts:
         found.setdefault(_called(fact), []).append(fact)
     return found
+
+
+def _enough(looks: list[list[Seen]], grown: list[Seen] | None) -> bool:
+    """Whether all is seen: a gradient for each use, or, where uses come and go, as many passes as may be."""
+    names = [[_called(s.fact) for s in each] for each in (*looks, *([grown] if grown else []))]
+    return all(each == names[0] for each in names) and all(s.options is not None for s in looks[-1])
 
 
 def _aligned(looks: list[list[Seen]], grown: list[Seen] | None):

@@ -20,6 +20,13 @@ def ignore(*_: Any) -> None:
     """The sink of a forward pass that is not to be back-propagated."""
 
 
+def _derived(model: nn.Module) -> dict[int, Any]:
+    """For ``copy.deepcopy``: tensors computed from parameters, as the older weight_norm leaves on a
+    module, which refuse to be copied with their graph; each forward pass makes them anew."""
+    held = [t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor)]
+    return {id(t): t.detach().clone() for t in held if t.grad_fn is not None}
+
+
 class Understudy:
     """Takes the model's place: its parameters are randomised, its buffers reset before each pass.
 
@@ -37,11 +44,11 @@ class Understudy:
     ):
         self.original, self.loss_fn = model, loss_fn
         try:
-            self.model = copy.deepcopy(model)
+            self.model = copy.deepcopy(model, _derived(model))
         except Exception as error:
             raise Refused(
-                f"the model cannot be copied for probing ({error}): use torch.nn.utils."
-                "parametrizations in place of the older weight_norm and spectral_norm."
+                f"the model cannot be copied for probing ({error}): keep what cannot be copied out of "
+                "the module."
             ) from error
         self.model.zero_grad(set_to_none=True)
         self.stand_ins = StandIns(batch, mask, batch_size)

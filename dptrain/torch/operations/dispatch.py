@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..capture import Capture
 from .convolution import convolution
 from .generic import generic
-from .joining import attention, cat, prelu
+from .joining import attention, cat, column_stack, prelu
 from .linear import addmm, baddbmm, einsum, grouped_mm, linear, matmul
 from .norms import (
     batch_norm,
@@ -25,8 +25,8 @@ from .norms import (
 )
 from .pointwise import pointwise, pointwise_name
 from .recurrent import cell, layer
-from .tables import embedding, getitem, index_select, setitem
-from .values import compact, detached, remember
+from .tables import embedding, embedding_bag, getitem, index_select, setitem
+from .values import compact, detached, forget, remember
 
 #: operations that ask a tensor for its shape, type or device only
 KEEPS_VALUES = {"type_as", "view_as", "reshape_as", "to"}
@@ -64,6 +64,7 @@ RULES = {
     "instance_norm": instance_norm,
     "batch_norm": batch_norm,
     "embedding": embedding,
+    "embedding_bag": embedding_bag,
     "__getitem__": getitem,
     "index_select": index_select,
     "__setitem__": setitem,
@@ -71,6 +72,7 @@ RULES = {
     "concat": cat,
     "concatenate": cat,
     "stack": cat,
+    "column_stack": column_stack,
     "scaled_dot_product_attention": attention,
     "lstm": layer,
     "gru": layer,
@@ -131,7 +133,9 @@ def metadata(capture: Capture, func, args: tuple, kwargs: dict) -> Any:
         out = func(*first, *rest, **kwargs)
         return capture.mark_data(out) if capture.is_data(first[0]) else out
     out = func(*detached(capture, first), *rest, **kwargs)
-    return capture.mark_data(out) if fills and isinstance(out, Tensor) else out
+    # what is made like data will hold data
+    like = func.__name__.endswith("_like") and first and capture.is_data(first[0])
+    return capture.mark_data(out) if (fills or like) and isinstance(out, Tensor) else out
 
 
 def parameter_only(capture: Capture, func, args: tuple, kwargs: dict) -> Any:
@@ -143,15 +147,9 @@ def parameter_only(capture: Capture, func, args: tuple, kwargs: dict) -> Any:
     name = getattr(func, "__name__", "")
     source = args[0] if args and isinstance(args[0], Tensor) else None
     if name in ("repeat", "tile") and source is not None and capture.is_parameter(source):
-        counts = torch.Size(args[1:] if isinstance(args[1], int) else args[1])
-        lead = len(counts) - source.dim()
-        sizes = (1,) * lead + tuple(source.shape)
-        if lead >= 0 and all(n == 1 or s == 1 for n, s in zip(counts, sizes)):
-            func, name, args = (
-                torch.Tensor.expand,
-                "expand",
-                (source, tuple(n * s for n, s in zip(counts, sizes))),
-            )
+        return _repeated(capture, func, args, kwargs)
+    if source is not None and name.endswith("_") and not name.endswith("__"):
+        forget(source)
     if func is F.embedding and capture.is_parameter(args[1] if len(args) > 1 else kwargs["weight"]):
         indices = args[0] if args else kwargs["input"]
         if isinstance(indices, Tensor) and 0 in indices.stride():
@@ -161,6 +159,19 @@ def parameter_only(capture: Capture, func, args: tuple, kwargs: dict) -> Any:
             return remember(capture, value.expand(shape), value)
     out = _in_full_precision(func, args, kwargs)
     if isinstance(out, Tensor) and name in ("expand", "expand_as", "broadcast_to"):
+        return remember(capture, out, source)
+    return out
+
+
+def _repeated(capture: Capture, func, args: tuple, kwargs: dict) -> Tensor:
+    """A repetition remembers what it repeats where that broadcasts to it."""
+    source = args[0]
+    counts = args[1:] or tuple(kwargs.values())
+    counts = tuple(counts[0]) if isinstance(counts[0], (tuple, list)) else tuple(counts)
+    out = func(*args, **kwargs)
+    sizes = (1,) * (out.dim() - source.dim()) + tuple(source.shape)
+    counts = (1,) * (out.dim() - len(counts)) + counts
+    if all(n == 1 or s == 1 for n, s in zip(counts, sizes)):
         return remember(capture, out, source)
     return out
 

@@ -15,6 +15,14 @@ from ..uses.broadcast import PerExample
 from .values import spread
 
 
+def _first_like(capture: Capture, seen: tuple) -> int:
+    alike = [i for i, call in enumerate(capture.generic) if call == seen]
+    layouts = [capture.layouts[("generic", i)] for i in alike]
+    if not alike or any(layout != layouts[0] for layout in layouts):
+        raise Refused(f"{seen[0]} has no rule of its own and cannot be followed in a checkpoint.")
+    return alike[0]
+
+
 def generic(capture: Capture, func, args: tuple, kwargs: dict) -> Any:
     """Any operation: give each example its own copy of the value and let autograd do the rest.
 
@@ -38,8 +46,12 @@ def generic(capture: Capture, func, args: tuple, kwargs: dict) -> Any:
             [t + 0 * capture.anchor if isinstance(t, Tensor) and t.is_floating_point() else t for t in flat],
             out_tree,
         )
+    seen = func.__name__, [tuple(leaves[i].shape) for i in tensors]
+    if capture.replaying:  # an activation checkpoint at work: the call was seen in the forward pass
+        position = _first_like(capture, seen)
+    else:
+        capture.generic.append(seen)
     where_in, where_out = capture.layouts[("generic", position)]
-    capture.generic.append(func.__name__)
     batch_size = capture.batch_size
     entered, axes = [], []
     for i, axis in zip(tensors, where_in):
@@ -66,6 +78,8 @@ def generic(capture: Capture, func, args: tuple, kwargs: dict) -> Any:
     try:
         outs = torch.vmap(one, tuple(axes), tuple(where_out), randomness="different")(*entered)
     except Exception as error:
+        if type(error).__name__ == "_StopRecomputationError":  # a checkpoint has all that it wants
+            raise
         raise Refused(
             f"{func.__name__} combines parameters with data in a way for which there is no rule ({error})."
         ) from error

@@ -18,6 +18,14 @@ def cat(capture, func, tensors, *args, **kwargs):
     )
 
 
+def column_stack(capture, func, tensors):
+    columns = [t.reshape(-1, 1) if t.dim() < 2 else t for t in tensors]
+    for old, new in zip(tensors, columns):
+        if capture.is_data(old):
+            capture.mark_data(new)
+    return cat(capture, torch.cat, columns, 1)
+
+
 def attention(capture, func, query, key, value, attn_mask=None, *args, **kwargs):
     """Scaled dot product attention: a mask or an operand made of parameters enters expanded."""
     if isinstance(attn_mask, Tensor) and capture.is_parameter(attn_mask):

@@ -49,6 +49,9 @@ def pointwise(capture: Capture, func, name: str, args: tuple, kwargs: dict) -> A
             f"{name} writes data in place into a value made of parameters only, whose gradient "
             "would be lost: use the operation that returns a new tensor instead."
         )
+    if name.startswith("masked_fill"):  # takes numbers only, not tensors of the mask's shape
+        out = torch.where(args[1], spread(capture, args[2], args[0].shape, name), args[0])
+        return args[0].copy_(out) if in_place else out
     leaves, tree = tree_flatten((args, kwargs))
     shape = np.broadcast_shapes(*[t.shape for t in leaves if isinstance(t, Tensor)])
     entered = [spread(capture, t, shape, name) if capture.is_parameter(t) else t for t in leaves]

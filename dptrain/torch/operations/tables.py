@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..capture import Capture
@@ -20,6 +21,10 @@ def _lookup(capture: Capture, table: Tensor, indices: Tensor, padding: int | Non
 
 def embedding(capture, func, input, weight, padding_idx=None, max_norm=None, norm_type=2.0,
               scale_grad_by_freq=False, sparse=False):  # fmt: skip
+    if func is not F.embedding:  # torch.embedding orders its arguments otherwise
+        input, weight, max_norm = weight, input, None
+        padding_idx = -1 if padding_idx is None else padding_idx
+        padding_idx = None if padding_idx == -1 else padding_idx
     if max_norm is not None or scale_grad_by_freq:
         raise Refused(
             "an embedding with max_norm or scale_grad_by_freq changes its table by what the whole "
@@ -28,6 +33,31 @@ def embedding(capture, func, input, weight, padding_idx=None, max_norm=None, nor
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
     return _lookup(capture, weight, input, padding_idx)
+
+
+def embedding_bag(capture, func, input, weight, offsets=None, max_norm=None, norm_type=2.0,
+                  scale_grad_by_freq=False, mode="mean", sparse=False, per_sample_weights=None,
+                  include_last_offset=False, padding_idx=None):  # fmt: skip
+    """Bags of equal size, ``input [B, N]``: look up, then reduce over each example's own bag."""
+    if func is not F.embedding_bag or input.dim() != 2:
+        raise Refused(
+            "an embedding bag of one long list of indices has no axis of examples: pass them as a matrix "
+            "[B, N], padded with padding_idx."
+        )
+    rows = capture(F.embedding, input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq)
+    if padding_idx is None:
+        counted = torch.ones_like(input, dtype=torch.bool)
+    else:
+        counted = input != padding_idx % weight.shape[0]
+    counted = capture.mark_data(counted.unsqueeze(-1))
+    if mode == "max":
+        top = torch.where(counted, rows, -torch.inf).amax(1)
+        return torch.where(counted.any(1), top, 0.0)
+    if per_sample_weights is not None:
+        column = capture(torch.Tensor.unsqueeze, per_sample_weights, -1)
+        rows = capture(torch.mul, capture.mark_data(rows), column)
+    total = torch.where(counted, rows, 0.0).sum(1)
+    return total / counted.sum(1).clamp(min=1) if mode == "mean" else total
 
 
 def getitem(capture, func, tensor, index):

@@ -33,11 +33,23 @@ def origin(value: Tensor) -> Tensor:
 def spread(capture: Capture, value: Tensor, shape: torch.Size | tuple, operation: str) -> Tensor:
     """Let a parameter-only value enter data at ``shape``, to which it broadcasts."""
     value = origin(value)
+    if value.is_complex():  # as pairs of real numbers, of which the norm is the same
+        pairs = torch.view_as_real(value.resolve_conj())
+        return capture.mark_data(
+            torch.view_as_complex(spread(capture, pairs, (*shape, 2), operation).contiguous())
+        )
     aligned = (1,) * (len(shape) - value.dim()) + tuple(value.shape)
-    if not value.is_floating_point() and not value.is_complex():
+    if not value.is_floating_point():
         return value.detach().expand(shape)
     use = capture.use(Broadcast(aligned), value, operation)
     return capture.mark_data(ExpandFunction.apply(value.detach(), torch.Size(shape), capture.anchor, use))
+
+
+def forget(value: Tensor) -> None:
+    """A value that is written to is no longer what it was expanded from."""
+    for tensor in (value, value._base):
+        if tensor is not None and hasattr(tensor, SOURCE):
+            delattr(tensor, SOURCE)
 
 
 def remember(capture: Capture, out: Tensor, source: Tensor | None) -> Tensor:
