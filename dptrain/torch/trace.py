@@ -48,6 +48,13 @@ class UseFacts:
         return self.routed or self.layout is not None
 
     @property
+    def where(self) -> str:
+        """Where the examples lie, for people."""
+        if self.layout is not None:
+            return str(self.layout)
+        return "by routing" if self.routed else "no gradient"
+
+    @property
     def trace(self) -> tuple:
         return self.operation, self.rule, self.value, self.leaves
 
