@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .capture import Capture, Use
-from .errors import Refused
+from .errors import Refused, Unforeseen
 from .planner import Plan, Route
 from .pullback import (
     Group,
@@ -22,6 +22,7 @@ from .pullback import (
     tied_gradients,
     tied_squared_norms,
 )
+from .trace import CHANGING
 from .uses.base import weighted_sum, widen
 
 #: elements whose squares float32 can add one after the other
@@ -89,13 +90,15 @@ class Bookkeeping:
     def _record(self, use: Use, a: Tensor | None, g: Tensor) -> None:
         number, group, route = self.group_of[use.index]
         fact = self.plan.findings.uses[use.index]
-        if fact.layout is None and not bool(g.ne(0).any()):
-            return
-        if fact.layout is None or not fact.layout.fits(g, self.batch_size):
-            raise Refused(
+        if fact.layout is None and not bool((g.ne(0) & g.isfinite()).any()):
+            return  # 0 * inf of an example that will not count anyway is no gradient either
+        if fact.layout is None:
+            raise Unforeseen(
                 f"a gradient of {', '.join(fact.leaves)} came where the probe saw none: its "
                 "operations depend on more than the shapes of the batch."
             )
+        if not fact.layout.fits(g, self.batch_size):
+            raise Refused(CHANGING)
         if group.kind is Kind.ALONE:
             self._record_alone(use, fact, route, a, g)
             return

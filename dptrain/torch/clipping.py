@@ -18,7 +18,7 @@ from dptrain.core.methods import Method
 from . import baselines
 from .batch import clip_batch, replace_rows
 from .clipped_sum import ClippedSum
-from .errors import Refused
+from .errors import Refused, Unforeseen
 from .guards import check_batch, check_model, listed, trainable
 from .planner import Plan, make_plan
 from .probe import probe
@@ -92,8 +92,11 @@ class ClippedGrad:
                 return self._nothing(parameters, batch_size)
             batch = replace_rows(batch, mask)
         if self.method.capture in (methods.Capture.USES, methods.Capture.PLANNED):
-            plan = self.plan(batch, mask)
-            return clip_batch(self, plan, parameters, batch, mask, batch_size)
+            try:
+                return clip_batch(self, self.plan(batch, mask), parameters, batch, mask, batch_size)
+            except Unforeseen:  # examples that move what no stand-in did: probe again with them
+                del self.plans[signature(self.model, parameters, batch)]
+                return clip_batch(self, self.plan(batch, mask), parameters, batch, mask, batch_size)
         grads, norms, losses = baselines.run(
             self.method,
             self.model,
@@ -119,7 +122,7 @@ class ClippedGrad:
         key = signature(self.model, parameters, batch)
         if key not in self.plans:
             device = next(iter(parameters.values())).device
-            findings, stage = probe(self.model, self.loss_fn, batch, mask, batch_size, self.allow_unused)
+            findings, stage = probe(self.model, self.loss_fn, batch, mask, batch_size)
             self._check_coverage(findings, parameters)
             plan = make_plan(self.method, findings, batch_size, device)
             rehearse(stage, make_plan(self.method, stage.findings, stage.size, device))

@@ -6,3 +6,7 @@ class Refused(RuntimeError):
 
     Raised before anything is released: no privacy budget is spent, no parameter has changed.
     """
+
+
+class Unforeseen(Refused):
+    """A gradient came where the probe saw none but zeros."""

@@ -33,22 +33,19 @@ class LinearFunction(Function):
 
 
 class GroupedLinearFunction(Function):
-    """``y[e, ..., n] = x[e, ..., k] w[e, k, n]``."""
+    """``y[e, t, n] = x[e, t, k] w[e, k, n]``."""
 
     @staticmethod
     def forward(ctx, x, weight, anchor, use):
         ctx.save_for_backward(x, weight)
         ctx.use = use
-        return torch.bmm(x.flatten(1, -2), weight).unflatten(1, x.shape[1:-1])
+        return torch.bmm(x, weight)
 
     @staticmethod
     def backward(ctx, g):
         x, weight = ctx.saved_tensors
         ctx.use.arrive(x, g)
-        gradient = None
-        if ctx.needs_input_grad[0]:
-            gradient = torch.bmm(g.flatten(1, -2), weight.mT).unflatten(1, x.shape[1:-1])
-        return gradient, None, None, None
+        return (torch.bmm(g, weight.mT) if ctx.needs_input_grad[0] else None), None, None, None
 
 
 class ConvolutionFunction(Function):

@@ -14,7 +14,6 @@ import torch
 from dptrain.core import cost
 from dptrain.core.methods import Capture, Method, Norm, Sum
 
-from .errors import Refused
 from .pullback import Group, Kind
 from .trace import Findings, UseFacts
 
@@ -112,9 +111,7 @@ def make_plan(method: Method, findings: Findings, batch_size: int, device: torch
     routes = []
     for group in findings.groups:
         facts = [findings.uses[i] for i in group.uses]
-        if any(not fact.reached for fact in facts) and group.kind is not Kind.ALONE:
-            names = ", ".join(group.leaves)
-            raise Refused(f"one of several uses of {names} never receives a gradient: detach it.")
+        facts = [fact for fact in facts if fact.reached] or facts[:1]
         if method.capture is Capture.PLANNED:
             routes.append(_fastest(group, facts, batch_size, machine))
         else:

@@ -39,7 +39,6 @@ def probe(
     batch: Any,
     mask: Tensor | None,
     batch_size: int,
-    allow_unused: bool = False,
 ) -> tuple[Findings, Stage]:
     """Learn the structure of ``loss_fn(model, batch)`` and check that examples do not mix.
 
@@ -52,29 +51,22 @@ def probe(
         small = structure.sizes[0]
         size = batch_size if batch_size > 1 else small  # one example has none to mix with
         structure, findings, still = _examples_apart(understudy, structure, size)
-        if still and not allow_unused:
-            raise Refused(
-                "could not show that examples do not mix: no stand-in example moved "
-                f"{listed(still)}. Freeze the parameters with requires_grad_(False), or pass "
-                "allow_unused=True if their gradient is meant to be zero."
-            )
-        if findings is None or size != batch_size:
+        if size != batch_size:
             findings = _findings(understudy, structure, batch_size)
-        stage = Stage(
-            understudy,
-            small,
-            understudy.stand_ins(small, 0),
-            _without(_findings(understudy, structure, small), still),
-        )
+        rows = understudy.stand_ins(small, 0)
+        stage = Stage(understudy, small, rows, _without(_findings(understudy, structure, small), still))
         return _without(findings, still), stage
 
 
 def _examples_apart(
     understudy: Understudy, structure: Structure, size: int
-) -> tuple[Structure, Findings | None, list[str]]:
-    """Attempt after attempt until every use has been moved by an example; the leaves of the others."""
+) -> tuple[Structure, Findings, set[tuple]]:
+    """Attempt after attempt until every use has been moved by an example; the names of those that never are.
+
+    A gradient that is always zero mixes nothing. Should one come all the same, the step notices.
+    """
     moved: set[tuple] = set()
-    waiting: dict[tuple, tuple[str, ...]] = {}
+    waiting: set[tuple] = set()
     findings = None
     attempt = 0
     while attempt < ATTEMPTS:
@@ -88,15 +80,17 @@ def _examples_apart(
             continue
         findings = record.findings
         moved |= record.moved
-        waiting = {
-            name: fact.leaves
-            for name, fact in zip(names(findings.uses), findings.uses)
-            if fact.layout is not None and name not in moved
-        }
+        named = zip(names(findings.uses), findings.uses)
+        waiting = {name for name, fact in named if fact.layout is not None and name not in moved}
         if not waiting:
-            return structure, findings, []
-    leaves = waiting.values() if findings else [f.leaves for f in structure.facts if f.reached]
-    return structure, findings, sorted({leaf for each in leaves for leaf in each})
+            break
+    if findings is None or not moved:
+        leaves = sorted({leaf for fact in structure.facts if fact.reached for leaf in fact.leaves})
+        raise Refused(
+            f"could not show that examples do not mix: no stand-in example moved {listed(leaves)}. "
+            "See that the losses are finite and depend on the examples."
+        )
+    return structure, findings, waiting
 
 
 def _findings(understudy: Understudy, structure: Structure, size: int) -> Findings:
@@ -105,13 +99,10 @@ def _findings(understudy: Understudy, structure: Structure, size: int) -> Findin
     return structure.at_size(capture, understudy.parameters)
 
 
-def _without(findings: Findings, still: list[str]) -> Findings:
-    """With the uses of leaves that nothing moves left out; a gradient that comes all the same is refused."""
-    if not still:
-        return findings
+def _without(findings: Findings, still: set[tuple]) -> Findings:
+    """With uses that nothing moves marked as such."""
     facts = tuple(
-        dataclasses.replace(f, layout=None) if set(f.leaves) <= set(still) and not f.routed else f
-        for f in findings.uses
+        dataclasses.replace(fact, layout=None) if name in still else fact
+        for name, fact in zip(names(findings.uses), findings.uses)
     )
-    covered = frozenset(leaf for f in facts if f.reached for leaf in f.leaves)
-    return dataclasses.replace(findings, uses=facts, covered=covered)
+    return dataclasses.replace(findings, uses=facts)

@@ -22,7 +22,7 @@ from .capture import Use
 from .errors import Refused
 from .guards import backward, listed
 from .structure import Structure
-from .trace import CHANGING, Findings, UseFacts, match, names
+from .trace import Findings, UseFacts, match, names
 from .understudy import Understudy
 
 WRITTEN = (
@@ -102,7 +102,7 @@ def _record(understudy: Understudy, structure: Structure, rows, kept, known=None
         fact = facts[use.index]
         if fact.layout is None:
             if bool(g.ne(0).any()):
-                raise Refused(CHANGING)
+                raise Misfit(fact)
             return
         if not fact.layout.fits(g, size):
             raise Misfit(fact)

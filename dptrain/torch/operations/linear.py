@@ -91,10 +91,11 @@ def matmul(capture, func, input, other):
 def grouped_map(capture: Capture, x: Tensor, groups: int, value: Tensor) -> Tensor:
     """``x [*groups, *free, K]`` by ``value [prod(groups), K, N]``."""
     lead = x.shape[:groups]
-    x = lowered(x.reshape(-1, *x.shape[groups:]) if groups else x.unsqueeze(0))
+    free = x.shape[groups:-1]
+    x = lowered(x.reshape(lead.numel(), free.numel(), x.shape[-1]))
     use = capture.use(GroupedLinear(), value, "matmul")
     y = GroupedLinearFunction.apply(x, value.detach().to(x.dtype), capture.anchor, use)
-    return y.reshape(*lead, *y.shape[1:])
+    return y.reshape(*lead, *free, y.shape[-1])
 
 
 def einsum(capture, func, equation, *operands):
