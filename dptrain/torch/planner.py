@@ -14,6 +14,7 @@ import torch
 from dptrain.core import cost
 from dptrain.core.methods import Capture, Method, Norm, Sum
 
+from . import plan_table
 from .pullback import Group, Kind
 from .trace import Findings, UseFacts
 
@@ -60,45 +61,19 @@ class Plan:
     findings: Findings
     routes: tuple[Route, ...]
     batch_size: int
+    machine: Machine = CPU
 
     @property
     def second_backward(self) -> bool:
         return any(route.sum == "second-backward" for route in self.routes)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row per use: what ``describe`` prints."""
-        table = []
-        for group, route in zip(self.findings.groups, self.routes):
-            for index in group.uses:
-                fact = self.findings.uses[index]
-                size = fact.size
-                table.append(
-                    {
-                        "parameter": ", ".join(fact.leaves),
-                        "operation": fact.operation,
-                        "value": tuple(fact.value),
-                        "examples": _where(fact),
-                        "positions": size.positions if size else None,
-                        "pull-back": group.kind.value,
-                        "norm": route.norm,
-                        "sum": route.sum,
-                    }
-                )
-        return table
+        """One row per use: what ``dptrain check --all`` shows."""
+        return plan_table.rows(self, self.machine)
 
     def describe(self) -> str:
-        """The plan as a table of text."""
-        rows = self.rows()
-        columns = list(rows[0])
-        cells = [columns] + [[str("-" if r[c] is None else r[c]) for c in columns] for r in rows]
-        widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in cells)
-
-
-def _where(fact: UseFacts) -> str:
-    if fact.routed:
-        return "by routing"
-    return "no gradient" if fact.layout is None else str(fact.layout)
+        """The plan as a table of text, repeated layers folded."""
+        return plan_table.describe(self.rows())
 
 
 def make_plan(method: Method, findings: Findings, batch_size: int, device: torch.device) -> Plan:
@@ -116,7 +91,7 @@ def make_plan(method: Method, findings: Findings, batch_size: int, device: torch
             routes.append(_fastest(group, facts, batch_size, machine))
         else:
             routes.append(_prescribed(group, facts, method))
-    return Plan(method, findings, tuple(routes), batch_size)
+    return Plan(method, findings, tuple(routes), batch_size, machine)
 
 
 def shape_of(fact: UseFacts) -> cost.UseShape:
