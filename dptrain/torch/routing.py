@@ -71,8 +71,8 @@ def _owners(
     def measure(use: Use, a: Tensor | None, g: Tensor) -> None:
         if use.index in routed:
             axes = use.rule.row_axes(g)
-            rows = widen(g).reshape(*g.shape[:axes], -1)
-            heights[-1][use.index] = rows.abs().amax(-1) if rows.numel() else rows.new_zeros(g.shape[:axes])
+            inner = list(range(axes, g.dim()))
+            heights[-1][use.index] = widen(g).abs().amax(inner) if g.numel() else g.new_zeros(g.shape[:axes])
             sizes[use.index] = use.rule.size(use.value.shape, a, g, 1)
 
     def spell(scale: Tensor) -> None:

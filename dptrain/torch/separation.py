@@ -21,6 +21,7 @@ from . import routing
 from .capture import Use
 from .errors import Refused
 from .guards import backward, listed
+from .layout import Routed
 from .structure import Structure
 from .trace import Findings, UseFacts, match, names
 from .understudy import Understudy
@@ -117,9 +118,11 @@ def _record(understudy: Understudy, structure: Structure, rows, kept, known=None
             )
         if bool(busy.any()):
             record.moved.add(called[use.index])
-        parts = [_digest(split)]
+        # in which order routed rows come is no matter: they are summed
+        rows = fact.layout.width if isinstance(fact.layout, Routed) else 1
+        parts = [_digest(split, rows)]
         if a is not None and fact.layout.fits(a, size):
-            parts.append(_digest(fact.layout.split(a, size).reshape(size, -1)))
+            parts.append(_digest(fact.layout.split(a, size).reshape(size, -1), rows))
         record.digests[called[use.index]] = torch.stack(parts, 1)
 
     capture.sink = look
@@ -213,11 +216,14 @@ def _value_digest(use: Use) -> tuple[float, float]:
     return float(flat.sum()), float(flat @ wave)
 
 
-def _digest(rows: Tensor) -> Tensor:
-    """Two numbers a row: a projection and the norm; ``[B, F] -> [B, 2]`` in float64."""
-    flat = rows.double() if not rows.is_floating_point() or rows.dtype == torch.float64 else rows.float()
-    direction = torch.cos(torch.arange(flat.shape[1], device=flat.device, dtype=flat.dtype) * 1.7)
-    return torch.stack([flat @ direction, flat.square().sum(1).sqrt()], 1).double()
+def _digest(split: Tensor, rows: int) -> Tensor:
+    """Two numbers an example, a projection of the sum of its rows and the norm of all of them:
+    ``[B, rows * F] -> [B, 2]`` in float64."""
+    flat = split.double() if not split.is_floating_point() or split.dtype == torch.float64 else split.float()
+    norm = flat.square().sum(1).sqrt()
+    total = flat.unflatten(1, (rows, -1)).sum(1) if rows > 1 else flat
+    direction = torch.cos(torch.arange(total.shape[1], device=flat.device, dtype=flat.dtype) * 1.7)
+    return torch.stack([total @ direction, norm], 1).double()
 
 
 def _same(first: Tensor, second: Tensor, rows: Tensor) -> bool:

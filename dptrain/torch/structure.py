@@ -178,7 +178,8 @@ def _look(understudy: Understudy, size: int, attempt: int, layouts, ready) -> li
         seen.options = [layout for layout in seen.options if only_rows_of(example, g, layout, size)]
         axes = use.rule.row_axes(g)
         if axes:
-            moved = g.reshape(*g.shape[:axes], -1).ne(0).any(-1).to(torch.uint8)
+            moved = g.ne(0).flatten(axes).any(-1) if g.dim() > axes else g.ne(0)
+            moved = moved.to(torch.uint8)
             seen.movers = moved if seen.movers is None else seen.movers + moved
 
     capture.sink = look
