@@ -132,8 +132,22 @@ def candidates(shape: torch.Size, batch_size: int, keep: int = 0) -> list[Layout
     return found
 
 
-def only_rows_of(example: int, tensor: Tensor, layout: Layout, batch_size: int) -> bool:
-    """Whether every non-zero of ``tensor`` lies in the rows of ``example``."""
-    busy = layout.split(tensor, batch_size).reshape(batch_size, -1).ne(0).any(1)
-    busy[example] = False
-    return not bool(busy.any())
+def row_heights(tensor: Tensor, axes: int) -> Tensor:
+    """The largest magnitude in each row, where the first ``axes`` axes are rows."""
+    inner = list(range(axes, tensor.dim()))
+    if not tensor.numel():
+        return tensor.new_zeros(tensor.shape[:axes])
+    return tensor.abs().amax(inner) if inner else tensor.abs()
+
+
+def busy(tensor: Tensor, axis: int) -> Tensor:
+    """Which positions of an axis hold anything but zeros."""
+    others = [d for d in range(tensor.dim()) if d != axis]
+    return (tensor.abs().amax(others) if others and tensor.numel() else tensor) != 0
+
+
+def only_rows_of(example: int, busy: Tensor, layout: Layout, batch_size: int) -> bool:
+    """Whether all ``busy`` positions of the layout's axis are rows of ``example``."""
+    rows = busy.reshape(layout.outer, batch_size, layout.inner).any(2).any(0)
+    rows[example] = False
+    return not bool(rows.any())

@@ -18,7 +18,7 @@ from torch import Tensor
 from .capture import Capture, Use
 from .errors import Refused
 from .guards import backward
-from .layout import Routed
+from .layout import Routed, row_heights
 from .trace import UseFacts
 from .uses.base import Size, widen
 
@@ -70,9 +70,7 @@ def _owners(
 
     def measure(use: Use, a: Tensor | None, g: Tensor) -> None:
         if use.index in routed:
-            axes = use.rule.row_axes(g)
-            inner = list(range(axes, g.dim()))
-            heights[-1][use.index] = widen(g).abs().amax(inner) if g.numel() else g.new_zeros(g.shape[:axes])
+            heights[-1][use.index] = row_heights(widen(g), use.rule.row_axes(g))
             sizes[use.index] = use.rule.size(use.value.shape, a, g, 1)
 
     def spell(scale: Tensor) -> None:

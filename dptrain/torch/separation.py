@@ -108,7 +108,7 @@ def _record(understudy: Understudy, structure: Structure, rows, kept, known=None
         if not fact.layout.fits(g, size):
             raise Misfit(fact)
         split = fact.layout.split(g, size).reshape(size, -1)
-        busy = split.ne(0).any(1)
+        busy = split.abs().amax(1) != 0 if split.numel() else torch.zeros_like(kept)
         if bool(busy[~kept].any()):
             if not fact.routed and use.rule.row_axes(g):
                 raise Misfit(fact)

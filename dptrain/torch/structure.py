@@ -19,7 +19,7 @@ from torch import Tensor
 from .capture import Capture, Use
 from .errors import Refused
 from .guards import backward, listed
-from .layout import Layout, candidates, only_rows_of
+from .layout import Layout, busy, candidates, only_rows_of, row_heights
 from .pullback import group_uses
 from .trace import CHANGING, Findings, UseFacts, describe
 from .understudy import Understudy
@@ -175,11 +175,11 @@ def _look(understudy: Understudy, size: int, attempt: int, layouts, ready) -> li
             seen.shape, seen.options = g.shape, candidates(g.shape, size, use.rule.features)
             sized = use.rule.size(use.value.shape, a, g, size)
             seen.fact = dataclasses.replace(seen.fact, size=sized)
-        seen.options = [layout for layout in seen.options if only_rows_of(example, g, layout, size)]
+        rows = {axis: busy(g, axis) for axis in {layout.axis for layout in seen.options}}
+        seen.options = [o for o in seen.options if only_rows_of(example, rows[o.axis], o, size)]
         axes = use.rule.row_axes(g)
         if axes:
-            moved = g.ne(0).flatten(axes).any(-1) if g.dim() > axes else g.ne(0)
-            moved = moved.to(torch.uint8)
+            moved = row_heights(g, axes).ne(0).byte()
             seen.movers = moved if seen.movers is None else seen.movers + moved
 
     capture.sink = look
