@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .capture import Capture, Use
-from .errors import Refused, Unforeseen
+from .errors import Misfit, Unforeseen
 from .planner import Plan, Route
 from .pullback import (
     Group,
@@ -98,7 +98,7 @@ class Bookkeeping:
                 "operations depend on more than the shapes of the batch."
             )
         if not fact.layout.fits(g, self.batch_size):
-            raise Refused(CHANGING)
+            raise Misfit(CHANGING, fact.pattern)
         if group.kind is Kind.ALONE:
             self._record_alone(use, fact, route, a, g)
             return
@@ -150,7 +150,7 @@ class Bookkeeping:
                 continue
             values = [capture.uses[i].value for i in members]
             leaves = [parameters[name] for name in group.leaves]
-            pulled = pull_back_examples(values, list(members.values()), leaves)
+            pulled = pull_back_examples(capture, values, list(members.values()), leaves)
             for name, gradient in zip(group.leaves, pulled):
                 if gradient is not None:
                     self._add(squared_norm(gradient))
@@ -206,7 +206,7 @@ class Bookkeeping:
 
     def pull_back(self, capture: Capture, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
         """Clipped sums by name: one vector-Jacobian product for values that are no leaves."""
-        grads = pull_back_sums(list(self.sums.values()), parameters, capture.names)
+        grads = pull_back_sums(capture, list(self.sums.values()), parameters)
         for name, gradient in self.leaf_gradients:
             total = self._weigh(gradient)
             grads[name] = grads[name] + total if name in grads else total

@@ -12,6 +12,7 @@ The mode only classifies and dispatches; what each operation does is in ``operat
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
 import weakref
@@ -254,9 +255,11 @@ class Capture(TorchFunctionMode):
         """Whether an activation checkpoint is being recomputed."""
         return self._replay is not None
 
-    def recomputing(self) -> _Recomputation:
-        """A context for the backward pass: calls seen there are activation checkpoints at work."""
-        return _Recomputation(self)
+    def differentiate(self, outputs, inputs, grad_outputs=None, **options) -> tuple[Tensor | None, ...]:
+        """``torch.autograd.grad``, in which activation checkpoints recompute as they computed."""
+        context = _Recomputation(self) if self.checkpointed else contextlib.nullcontext()
+        with context:
+            return _transparent(torch.autograd.grad)(outputs, inputs, grad_outputs, **options)
 
 
 class _Recomputation(TorchFunctionMode):

@@ -5,6 +5,7 @@ Probe, plan and rehearse once per input signature, then clip each batch (``batch
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from dptrain.core.methods import Method
 from . import baselines
 from .batch import clip_batch, replace_rows
 from .clipped_sum import ClippedSum
-from .errors import Refused, Unforeseen
+from .errors import Misfit, Refused, Unforeseen
 from .guards import check_batch, check_model, listed, trainable
 from .planner import Plan, make_plan
 from .probe import probe
@@ -92,11 +93,7 @@ class ClippedGrad:
                 return self._nothing(parameters, batch_size)
             batch = replace_rows(batch, mask)
         if self.method.capture in (methods.Capture.USES, methods.Capture.PLANNED):
-            try:
-                return clip_batch(self, self.plan(batch, mask), parameters, batch, mask, batch_size)
-            except Unforeseen:  # examples that move what no stand-in did: probe again with them
-                del self.plans[signature(self.model, parameters, batch)]
-                return clip_batch(self, self.plan(batch, mask), parameters, batch, mask, batch_size)
+            return self._clip(parameters, batch, mask, batch_size)
         grads, norms, losses = baselines.run(
             self.method,
             self.model,
@@ -109,6 +106,23 @@ class ClippedGrad:
         )
         bound = self.clip_norm if self.method.is_private else float("inf")
         return ClippedSum(grads, norms, losses, bound)
+
+    def _clip(self, parameters: dict[str, Tensor], batch: Any, mask: Tensor | None, batch_size: int):
+        """By the plan for this batch, which is made again where the stand-ins had not shown everything."""
+        key = signature(self.model, parameters, batch)
+        probed_again = False
+        while True:
+            plan = self.plan(batch, mask)
+            try:
+                return clip_batch(self, plan, parameters, batch, mask, batch_size)
+            except Misfit as misfit:  # the data decide what this use sees, and by chance it did not show
+                findings = plan.findings.rerouted(misfit.pattern)
+                self.plans[key] = dataclasses.replace(plan, findings=findings)
+            except Unforeseen:  # these examples move what no stand-in did: probe with them
+                if probed_again:
+                    raise
+                probed_again = True
+                del self.plans[key]
 
     def plan(self, batch: Any, mask: Tensor | None = None) -> Plan:
         """The plan for batches like this one; probes the model the first time.

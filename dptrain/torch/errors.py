@@ -10,3 +10,11 @@ class Refused(RuntimeError):
 
 class Unforeseen(Refused):
     """A gradient came where the probe saw none but zeros."""
+
+
+class Misfit(Refused):
+    """The examples of a use are not where the probe had them; ``pattern`` tells its like."""
+
+    def __init__(self, message: str, pattern: tuple):
+        super().__init__(message)
+        self.pattern = pattern

@@ -94,16 +94,11 @@ def backward(capture: Capture, target: Tensor, parameters: dict[str, Tensor], re
     if not target.requires_grad:
         raise Refused("the losses depend on no trainable parameter of the model that was passed.")
     before = {name: (p.grad, None if p.grad is None else p.grad._version) for name, p in parameters.items()}
-    context = capture.recomputing() if capture.checkpointed else contextlib.nullcontext()
     capture.armed = True
     try:
-        with context:
-            found = torch.autograd.grad(
-                target,
-                [capture.anchor, *parameters.values()],
-                retain_graph=retain_graph,
-                allow_unused=True,
-            )
+        found = capture.differentiate(
+            target, [capture.anchor, *parameters.values()], retain_graph=retain_graph, allow_unused=True
+        )
     finally:
         capture.armed = False
     escaped = [name for name, gradient in zip(parameters, found[1:]) if gradient is not None]

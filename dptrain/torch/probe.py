@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import separation
-from .errors import Refused
+from .errors import Misfit, Refused
 from .guards import listed
 from .stand_ins import isolated_randomness
 from .structure import ATTEMPTS, Structure, find_structure
@@ -72,8 +72,8 @@ def _examples_apart(
     while attempt < ATTEMPTS:
         try:
             record = separation.check(understudy, structure, size, attempt)
-        except separation.Misfit as misfit:
-            structure = structure.reroute(misfit.fact.pattern)
+        except Misfit as misfit:
+            structure = structure.rerouted(misfit.pattern)
             continue
         attempt += 1
         if record is None:

@@ -20,7 +20,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from .capture import Use
+from .capture import Capture, Use
 from .layout import Placement
 from .uses.base import gamma, widen
 from .uses.linear import Linear
@@ -253,7 +253,7 @@ def _scatter(indices: Tensor, gradients: Tensor, size: int) -> Tensor:
 
 
 def pull_back_examples(
-    values: list[Tensor], gradients: list[Tensor], leaves: list[Tensor]
+    capture: Capture, values: list[Tensor], gradients: list[Tensor], leaves: list[Tensor]
 ) -> list[Tensor | None]:
     """Per-example gradients of leaves ``[B, *leaf]`` from those of values ``[B, *value]``.
 
@@ -270,27 +270,27 @@ def pull_back_examples(
         else:
             out[i] = gradient if out[i] is None else out[i] + gradient
     if made:
-        pulled = _batched_vjp([v for v, _ in made], leaves, [g for _, g in made])
+        pulled = _batched_vjp(capture, [v for v, _ in made], leaves, [g for _, g in made])
         for i, more in enumerate(pulled):
             if more is not None:
                 out[i] = widen(more) if out[i] is None else out[i] + more
     return out
 
 
-def _batched_vjp(values, leaves, gradients):
+def _batched_vjp(capture: Capture, values, leaves, gradients):
     options = {"retain_graph": True, "allow_unused": True}
     try:
-        return torch.autograd.grad(values, leaves, gradients, is_grads_batched=True, **options)
+        return capture.differentiate(values, leaves, gradients, is_grads_batched=True, **options)
     except RuntimeError:  # an operation without a batching rule: one example after the other
         each = [
-            torch.autograd.grad(values, leaves, [g[b] for g in gradients], **options)
+            capture.differentiate(values, leaves, [g[b] for g in gradients], **options)
             for b in range(gradients[0].shape[0])
         ]
         return [None if col[0] is None else torch.stack(col) for col in zip(*each)]
 
 
 def pull_back_sums(
-    sums: list[tuple[Tensor, Tensor]], parameters: dict[str, Tensor], names: dict[int, str]
+    capture: Capture, sums: list[tuple[Tensor, Tensor]], parameters: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Gradients by name from sums over examples with respect to values; the graph is freed."""
     grads: dict[str, Tensor] = {}
@@ -300,14 +300,14 @@ def pull_back_sums(
 
     made = []
     for value, total in sums:
-        name = names.get(id(value))
+        name = capture.names.get(id(value))
         if name is None:
             made.append((value, total.to(value.dtype)))
         else:
             add(name, total)
     if made:
         leaves = list(parameters.values())
-        pulled = torch.autograd.grad([v for v, _ in made], leaves, [t for _, t in made], allow_unused=True)
+        pulled = capture.differentiate([v for v, _ in made], leaves, [t for _, t in made], allow_unused=True)
         for name, gradient in zip(parameters, pulled):
             if gradient is not None:
                 add(name, widen(gradient))

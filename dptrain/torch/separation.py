@@ -19,11 +19,11 @@ from torch.utils._pytree import tree_map
 
 from . import routing
 from .capture import Use
-from .errors import Refused
+from .errors import Misfit, Refused
 from .guards import backward, listed
 from .layout import Routed
 from .structure import Structure
-from .trace import Findings, UseFacts, match, names
+from .trace import CHANGING, Findings, match, names
 from .understudy import Understudy
 
 WRITTEN = (
@@ -32,14 +32,6 @@ WRITTEN = (
 )
 #: a batch mean of a thousand examples moves by 1e-3; rounding by less than this
 TOLERANCE = 3e-5
-
-
-class Misfit(Exception):
-    """A use whose examples are not where the small sizes had them."""
-
-    def __init__(self, fact: UseFacts):
-        super().__init__(fact.operation)
-        self.fact = fact
 
 
 @dataclass
@@ -103,15 +95,15 @@ def _record(understudy: Understudy, structure: Structure, rows, kept, known=None
         fact = facts[use.index]
         if fact.layout is None:
             if bool(g.ne(0).any()):
-                raise Misfit(fact)
+                raise Misfit(CHANGING, fact.pattern)
             return
         if not fact.layout.fits(g, size):
-            raise Misfit(fact)
+            raise Misfit(CHANGING, fact.pattern)
         split = fact.layout.split(g, size).reshape(size, -1)
         busy = split.abs().amax(1) != 0 if split.numel() else torch.zeros_like(kept)
         if bool(busy[~kept].any()):
             if not fact.routed and use.rule.row_axes(g):
-                raise Misfit(fact)
+                raise Misfit(CHANGING, fact.pattern)
             raise Refused(
                 f"examples mix in {use.operation} with {listed(fact.leaves)}: the loss of one "
                 "example moves another's part of its gradient."

@@ -21,7 +21,7 @@ from .errors import Refused
 from .guards import backward, listed
 from .layout import Layout, busy, candidates, only_rows_of, row_heights
 from .pullback import group_uses
-from .trace import CHANGING, Findings, UseFacts, describe
+from .trace import CHANGING, Findings, UseFacts, describe, reroute
 from .understudy import Understudy
 
 #: primes, so that hardly any other size of a model is a multiple of both
@@ -49,23 +49,11 @@ class Structure:
     sizes: tuple[int, ...]
     #: of routed uses, whichever batch they were seen in
     patterns: frozenset
-    #: uses (by index) of which each row is moved by one example
-    routable: frozenset
 
-    def reroute(self, pattern: tuple) -> Structure:
-        """With all uses of this pattern routed.
-
-        Raises:
-            Refused: some have rows that two examples move.
-        """
-        alike = {i for i, fact in enumerate(self.facts) if fact.pattern == pattern}
-        if not alike <= self.routable:
-            raise Refused(CHANGING)
-        facts = [
-            dataclasses.replace(fact, layout=None, size=None, routed=True) if i in alike else fact
-            for i, fact in enumerate(self.facts)
-        ]
-        return dataclasses.replace(self, facts=tuple(facts), patterns=self.patterns | {pattern})
+    def rerouted(self, pattern: tuple) -> Structure:
+        """With all uses of this pattern routed; see ``reroute``."""
+        facts = reroute(self.facts, pattern)
+        return dataclasses.replace(self, facts=facts, patterns=self.patterns | {pattern})
 
     def at_size(self, capture: Capture, parameters: dict[str, Tensor]) -> Findings:
         """The findings for the batch size of ``capture``: values can vary with the examples.
@@ -81,7 +69,9 @@ class Structure:
                     raise Refused(CHANGING)
                 facts.append(dataclasses.replace(fact, routed=True))
             else:
-                facts.append(dataclasses.replace(fact, layout=known.layout, size=known.size))
+                facts.append(
+                    dataclasses.replace(fact, layout=known.layout, size=known.size, routable=known.routable)
+                )
         groups = group_uses(capture.uses, capture.names, parameters)
         covered = frozenset(leaf for f in (*self.facts, *facts) if f.reached for leaf in f.leaves)
         patterns = self.patterns | {fact.pattern for fact in facts if fact.routed}
@@ -115,32 +105,31 @@ def find_structure(understudy: Understudy, batch_size: int) -> Structure:
     grown = _shapes(understudy, sizes[1], layouts, passes.pop(0) if passes else None) if sizes[1:] else None
     while len(looks) < ATTEMPTS and not _enough(looks, grown):
         looks.append(_look(understudy, sizes[0], len(looks), layouts, None))
-    facts, patterns, routable, unsteady = [], set(), set(), []
-    for index, (seen, shapes, steady) in enumerate(_aligned(looks, grown)):
-        last = seen[-1]
+    facts, patterns, unsteady = [], set(), []
+    for seen, shapes, steady in _aligned(looks, grown):
+        fact = seen[-1].fact
         single = all(s.movers is not None and (s.movers <= 1).all() for s in seen if s.options is not None)
-        if single:
-            routable.add(index)
+        fact = dataclasses.replace(fact, routable=single)
         options = _surviving(seen, shapes, sizes)
         if options is None:
-            facts.append(last.fact)
+            facts.append(fact)
         elif options:
-            unsteady += [] if steady else [last.fact]
+            unsteady += [] if steady else [fact]
             sized = next(s.fact.size for s in seen if s.options is not None)
-            facts.append(dataclasses.replace(last.fact, layout=options[0], size=sized))
+            facts.append(dataclasses.replace(fact, layout=options[0], size=sized))
         elif single:
-            facts.append(dataclasses.replace(last.fact, routed=True))
-            patterns.add(last.fact.pattern)
+            facts.append(dataclasses.replace(fact, routed=True))
+            patterns.add(fact.pattern)
         else:
             raise Refused(
-                f"examples mix, or lie on no axis, in {last.fact.operation} with {listed(last.fact.leaves)}: "
+                f"examples mix, or lie on no axis, in {fact.operation} with {listed(fact.leaves)}: "
                 "one example's loss moves another's part of its gradient."
             )
     if any(fact.pattern not in patterns for fact in unsteady):
         raise Refused(CHANGING)  # whether all examples take part is no matter of routing
-    structure = Structure(tuple(facts), layouts, sizes, frozenset(patterns), frozenset(routable))
+    structure = Structure(tuple(facts), layouts, sizes, frozenset(patterns))
     for pattern in patterns:  # some experts may have looked regular by chance
-        structure = structure.reroute(pattern)
+        structure = structure.rerouted(pattern)
     return structure
 
 
@@ -150,7 +139,7 @@ def find_structure(understudy: Understudy, batch_size: int) -> Structure:
 def _first_passes(understudy: Understudy, batch_size: int):
     """The sizes, the layouts for the generic rule, and passes at each size that can still be used."""
     try:
-        passes = [understudy.forward(understudy.stand_ins(size, 0), size, None) for size in SIZES]
+        passes = [understudy.forward(understudy.stand_ins(s, i), s, None) for i, s in enumerate(SIZES)]
         sizes: tuple[int, ...] = SIZES
     except Refused:
         raise
@@ -191,7 +180,7 @@ def _look(understudy: Understudy, size: int, attempt: int, layouts, ready) -> li
 def _shapes(understudy: Understudy, size: int, layouts, ready) -> list[Seen]:
     if ready is None:
         understudy.randomise(0)
-        ready = understudy.forward(understudy.stand_ins(size, 0), size, layouts)
+        ready = understudy.forward(understudy.stand_ins(size, 1), size, layouts)
     capture, losses = ready
     found = [Seen(describe(use, capture.names, understudy.parameters)) for use in capture.uses]
 

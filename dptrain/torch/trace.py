@@ -30,6 +30,7 @@ class UseFacts:
         layout: where the examples lie; None if no gradient ever reaches it, or if ``routed`` and
             not yet settled for a batch.
         routed: the data decide which rows it sees.
+        routable: each of its rows is moved by one example, so that it could be routed.
         geometry: which elements of its leaf the value shows, if it is a view of one.
     """
 
@@ -41,6 +42,7 @@ class UseFacts:
     size: Any
     geometry: tuple | None = None
     routed: bool = False
+    routable: bool = False
 
     @property
     def reached(self) -> bool:
@@ -95,6 +97,25 @@ class Findings:
     @property
     def routed_leaves(self) -> frozenset[str]:
         return frozenset(leaf for fact in self.uses if fact.routed for leaf in fact.leaves)
+
+    def rerouted(self, pattern: tuple) -> Findings:
+        """With all uses of this pattern routed; see ``reroute``."""
+        uses = reroute(self.uses, pattern)
+        return dataclasses.replace(self, uses=uses, patterns=self.patterns | {pattern})
+
+
+def reroute(facts: tuple[UseFacts, ...], pattern: tuple) -> tuple[UseFacts, ...]:
+    """With all uses of this pattern routed.
+
+    Raises:
+        Refused: some have rows that two examples move.
+    """
+    if not all(fact.routable for fact in facts if fact.pattern == pattern and fact.reached):
+        raise Refused(CHANGING)
+    return tuple(
+        dataclasses.replace(fact, layout=None, size=None, routed=True) if fact.pattern == pattern else fact
+        for fact in facts
+    )
 
 
 def describe(use: Use, names: dict[int, str], parameters: dict[str, Tensor]) -> UseFacts:

@@ -19,6 +19,8 @@ class Case:
     loss: Callable[[nn.Module, Any], Tensor]
     #: a batch size that equals other sizes of the model, to confuse layouts
     size: int = 4
+    #: whether torch.func can transform it
+    transforms: bool = True
 
 
 def classify(model: nn.Module, batch) -> Tensor:
@@ -244,6 +246,52 @@ class Einsums(nn.Module):
         return torch.einsum("bht,htc->bc", torch.tanh(x), self.out)
 
 
+class Experts(nn.Module):
+    """Each token goes to two of four experts; those that no token goes to are skipped."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.router = nn.Linear(4, 6), nn.Linear(6, 4)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 6)) for _ in range(4)
+        )
+        self.shared = nn.Parameter(torch.randn(4, 6, 6) / 3)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.embed(x).flatten(0, 1)
+        gates, chosen = self.router(tokens).softmax(-1).topk(2)
+        out = torch.zeros_like(tokens)
+        for e in torch.unique(chosen):
+            rows, place = torch.where(chosen == e)
+            mine = tokens[rows]
+            mine = self.experts[int(e)](mine) + mine @ self.shared[e]
+            out.index_add_(0, rows, mine * gates[rows, place, None])
+        return self.head((tokens + out).unflatten(0, x.shape[:2]).mean(1))
+
+
+class Recurrent(nn.Module):
+    """Layers of each kind, both directions, projections, a cell called five times, packed sequences."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(4, 5, num_layers=2, bidirectional=True, proj_size=3, batch_first=True)
+        self.gru, self.rnn = nn.GRU(6, 4, bias=False), nn.RNN(4, 4, nonlinearity="relu")
+        self.cell, self.packed = nn.LSTMCell(4, 4), nn.GRU(4, 4, batch_first=True, bidirectional=True)
+        self.start, self.head = nn.Parameter(torch.randn(1, 4)), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = self.lstm(x)
+        y, last = self.rnn(self.gru(y.transpose(0, 1))[0])
+        h = self.start.expand(len(x), -1)
+        c = torch.zeros_like(h)
+        for t in range(x.shape[1]):
+            h, c = self.cell(x[:, t], (h, c))
+        lengths = 1 + (x.detach()[:, 0, 0] > 0).long() * 3
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        return self.head(y.mean(0) + last[0] + h + self.packed(packed)[1].sum(0))
+
+
 CASES = [
     Case("mlp", mlp, images(1, 4), classify),
     Case("convolutions", ConvNet, images(4, 8), classify),
@@ -254,6 +302,8 @@ CASES = [
     Case("low-rank", LowRank, sequences(4, 4), classify),
     Case("thrice", Thrice, sequences(4, 4), classify),
     Case("einsum", Einsums, sequences(4, 4), classify),
+    Case("experts", Experts, sequences(5, 4), classify, transforms=False),
+    Case("recurrent", Recurrent, sequences(5, 4), classify, transforms=False),
 ]
 
 
