@@ -91,7 +91,7 @@ def clip_batch(
 
 
 def _forward(task, plan: Plan, parameters, batch, batch_size) -> tuple[Capture, Tensor]:
-    capture = Capture(parameters, batch_size, ignore, plan.findings.layouts)
+    capture = Capture(parameters, batch_size, ignore, plan.findings.layouts, task.model.parameters())
     alias = lambda t: capture.mark_data(t.detach().view_as(t)) if isinstance(t, Tensor) else t  # noqa: E731
     entered = tree_map(alias, batch)
     with parameters_untouched(task.model), torch.enable_grad(), capture:

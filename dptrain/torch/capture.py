@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .errors import Refused
+from .errors import WRITTEN, Refused
 from .uses.base import Rule
 
 #: what a use hands on in the backward pass: (use, other operand, gradient of the output)
@@ -71,6 +71,7 @@ class Capture(TorchFunctionMode):
         layouts: where the examples lie by use index, once the probe has learnt it; the generic
             rule needs it in the forward pass.
         batch_size: number of examples.
+        others: further parameters, into which no data may be written either.
     """
 
     def __init__(
@@ -79,9 +80,11 @@ class Capture(TorchFunctionMode):
         batch_size: int,
         sink: Sink,
         layouts: dict[int, Any] | None = None,
+        others: Iterable[Tensor] = (),
     ):
         super().__init__()
         self.names = {id(p): name for name, p in parameters.items()}
+        self._guarded = {p.untyped_storage().data_ptr() for p in (*parameters.values(), *others)}
         self.batch_size = batch_size
         self.sink = sink
         self.layouts = layouts
@@ -227,6 +230,7 @@ class Capture(TorchFunctionMode):
         )
         if in_place or (name.endswith("_") and not name.endswith("__")):
             target = args[0]
+            self._check_target(target)
             self.mark_data(target)
             if isinstance(target, Tensor) and target._base is not None:
                 self.mark_data(target._base)
@@ -234,6 +238,11 @@ class Capture(TorchFunctionMode):
             self.mark_data(kwargs["out"])
         if not isinstance(out, (torch.Size, bool, int, float, str, type(None))):
             self.mark_data(out)
+
+    def _check_target(self, target: Any) -> None:
+        """Data written into a parameter would be released as it is; ``.data`` hides it from autograd."""
+        if isinstance(target, Tensor) and target.untyped_storage().data_ptr() in self._guarded:
+            raise Refused(WRITTEN)
 
     def __call__(self, func, *args, **kwargs) -> Any:
         """Call ``func`` as the model would: rules are written in terms of other operations."""

@@ -1,5 +1,10 @@
 """What the engine says when it will not go on."""
 
+WRITTEN = (
+    "the forward pass writes to the model's parameters, which would be released without any "
+    "protection: keep such state in buffers that do not depend on the data, or freeze the module."
+)
+
 
 class Refused(RuntimeError):
     """A model, a batch or a request for which an exact private gradient cannot be promised.

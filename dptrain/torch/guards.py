@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten
 from dptrain.core.methods import Method
 
 from .capture import Capture
-from .errors import Refused
+from .errors import WRITTEN, Refused
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
@@ -70,10 +70,7 @@ def parameters_untouched(model: nn.Module) -> Iterator[None]:
     before = [(p, p._version) for p in model.parameters()]
     yield
     if any(p._version != version for p, version in before):
-        raise Refused(
-            "the forward pass writes to the model's parameters, which would be released without any "
-            "protection: keep such state in buffers that do not depend on the data."
-        )
+        raise Refused(WRITTEN)
 
 
 def check_losses(losses: Any, batch_size: int) -> None:

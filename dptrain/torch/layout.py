@@ -133,17 +133,19 @@ def candidates(shape: torch.Size, batch_size: int, keep: int = 0) -> list[Layout
 
 
 def row_heights(tensor: Tensor, axes: int) -> Tensor:
-    """The largest magnitude in each row, where the first ``axes`` axes are rows."""
+    """The sum of magnitudes in each row, where the first ``axes`` axes are rows."""
     inner = list(range(axes, tensor.dim()))
     if not tensor.numel():
         return tensor.new_zeros(tensor.shape[:axes])
-    return tensor.abs().amax(inner) if inner else tensor.abs()
+    return tensor.abs().sum(inner) if inner else tensor.abs()
 
 
 def busy(tensor: Tensor, axis: int) -> Tensor:
     """Which positions of an axis hold anything but zeros."""
+    if not tensor.numel():
+        return torch.zeros(tensor.shape[axis], dtype=torch.bool, device=tensor.device)
     others = [d for d in range(tensor.dim()) if d != axis]
-    return (tensor.abs().amax(others) if others and tensor.numel() else tensor) != 0
+    return (tensor.abs().amax(others) if others else tensor) != 0
 
 
 def only_rows_of(example: int, busy: Tensor, layout: Layout, batch_size: int) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from . import separation
 from .errors import Misfit, Refused
 from .guards import listed
+from .provocations import provoke
 from .stand_ins import isolated_randomness
 from .structure import ATTEMPTS, Structure, find_structure
 from .trace import Findings, names
@@ -49,6 +50,8 @@ def probe(
         understudy = Understudy(model, loss_fn, batch, mask, batch_size)
         structure = find_structure(understudy, batch_size)
         small = structure.sizes[0]
+        if small > 1:
+            provoke(understudy, structure.layouts, small)
         size = batch_size if batch_size > 1 else small  # one example has none to mix with
         structure, findings, still = _examples_apart(understudy, structure, size)
         if size != batch_size:

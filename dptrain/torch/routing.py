@@ -22,8 +22,6 @@ from .layout import Routed, row_heights
 from .trace import UseFacts
 from .uses.base import Size, widen
 
-#: digits that one backward pass spells, kept few so that neither float32 nor float16 overflows
-BASE = 16
 #: what atomic additions on a GPU may cost; two examples in one row are off by far more
 TOLERANCE = 1e-3
 
@@ -36,7 +34,8 @@ def settle(
     parameters: dict[str, Tensor],
     batch_size: int,
 ) -> tuple[UseFacts, ...]:
-    """The facts with a layout for every routed use, found by ``1 + log16(B)`` backward passes.
+    """The facts with a layout for every routed use, found by ``1 + log16(B)`` backward passes, or
+    ``1 + log2(B)`` where a compute type is too narrow.
 
     Raises:
         Refused: a row belongs to more than one example.
@@ -65,54 +64,65 @@ def _owners(
     routed: Collection[int], capture: Capture, losses: Tensor, mask, parameters, batch_size: int
 ) -> dict[int, tuple[Tensor, Size | None]]:
     """By use: the example of each row, in the shape of the row axes; and the size as one example."""
-    heights: list[dict[int, Tensor]] = []
     sizes: dict[int, Size | None] = {}
 
-    def measure(use: Use, a: Tensor | None, g: Tensor) -> None:
-        if use.index in routed:
-            heights[-1][use.index] = row_heights(widen(g), use.rule.row_axes(g))
-            sizes[use.index] = use.rule.size(use.value.shape, a, g, 1)
+    def spell(scale: Tensor) -> dict[int, Tensor]:
+        """How high the rows of each use come with these weights of the losses."""
+        heights: dict[int, Tensor] = {}
 
-    def spell(scale: Tensor) -> None:
-        heights.append({})
+        def measure(use: Use, a: Tensor | None, g: Tensor) -> None:
+            if use.index in routed:
+                heights[use.index] = row_heights(widen(g), use.rule.row_axes(g))
+                sizes[use.index] = use.rule.size(use.value.shape, a, g, 1)
+
+        capture.sink = measure
         scaled = losses * scale.to(losses.dtype)
         total = scaled.sum() if mask is None else torch.where(mask, scaled, 0.0).sum()
         backward(capture, total, parameters, retain_graph=True)
+        return heights
 
-    before, capture.sink = capture.sink, measure
+    before = capture.sink
     examples = torch.arange(batch_size, device=losses.device)
-    digits = []
-    rest = batch_size - 1
-    while rest:
-        digits.append(examples // BASE ** len(digits) % BASE)
-        rest //= BASE
+    broken = (~losses.detach().isfinite()).nonzero().flatten()
     try:
-        spell(torch.ones_like(losses))
-        for digit in digits:
-            spell(torch.exp2((digit - BASE // 2).to(losses.dtype)))
+        plain = spell(torch.ones_like(losses))
+        for base in (16, 2):
+            digits = [examples // base**n % base for n in range(_length(batch_size, base))]
+            weights = [torch.exp2((d - 8).to(losses.dtype)) if base == 16 else d for d in digits]
+            scaled = [spell(weight) for weight in weights]
+            read = {i: _read(plain[i], [h[i] for h in scaled], base, batch_size, broken) for i in plain}
+            if all(owners is not None for owners in read.values()):
+                return {i: (owners, sizes[i]) for i, owners in read.items() if owners is not None}
     finally:
         capture.sink = before
-    broken = (~losses.detach().isfinite()).nonzero().flatten()
-    return {
-        index: (_read(height, [h[index] for h in heights[1:]], batch_size, broken), sizes[index])
-        for index, height in heights[0].items()
-    }
+    raise Refused("examples mix: a row that was routed by the data belongs to more than one example.")
 
 
-def _read(plain: Tensor, scaled: list[Tensor], batch_size: int, broken: Tensor) -> Tensor:
-    """The owner of each row; -1 where there is no gradient."""
+def _length(batch_size: int, base: int) -> int:
+    """Digits of the largest example number."""
+    length, rest = 0, batch_size - 1
+    while rest:
+        length, rest = length + 1, rest // base
+    return length
+
+
+def _read(plain: Tensor, scaled: list[Tensor], base: int, batch_size: int, broken: Tensor) -> Tensor | None:
+    """The owner of each row; -1 where there is no gradient. None if some row says nothing that makes sense.
+
+    In base 16 a digit is a power of two, which a type as narrow as float16 may not hold; in base 2
+    a loss takes part or does not, and the row comes back as it was or not at all.
+    """
     owners = torch.zeros(plain.shape, dtype=torch.int64, device=plain.device)
     busy = plain != 0
+    finite = torch.stack([plain, *scaled]).isfinite().all(0)
     for position, height in enumerate(scaled):
-        power = (height / plain).log2()
-        digit = power.round()
-        exact = (power - digit).abs() < TOLERANCE
-        digit = digit + BASE // 2
-        finite = power.isfinite()
-        if bool((busy & finite & ~(exact & (digit >= 0) & (digit < BASE))).any()):
-            raise Refused("examples mix: a row that was routed by the data belongs to more than one example.")
-        owners += torch.where(busy & finite, digit.nan_to_num(0, 0, 0), 0).long() * BASE**position
-    lost = busy & ~torch.stack([plain, *scaled]).isfinite().all(0)
+        ratio = height / plain
+        digit = (ratio.log2().round() + 8 if base == 16 else ratio.round()).nan_to_num(-1, -1, -1)
+        exact = (ratio / torch.exp2(digit - 8) - 1 if base == 16 else ratio - digit).abs() < TOLERANCE
+        if bool((busy & finite & ~(exact & (digit >= 0) & (digit < base))).any()):
+            return None
+        owners += torch.where(busy & finite, digit, 0).long() * base**position
+    lost = busy & ~finite
     if bool(lost.any()):
         if len(broken) == 0:
             raise Refused(
@@ -120,4 +130,6 @@ def _read(plain: Tensor, scaled: list[Tensor], batch_size: int, broken: Tensor) 
                 "whose they are: lower the learning rate, or clip the activations."
             )
         owners = torch.where(lost, broken[0], owners)  # all of these examples count for nothing
-    return torch.where(busy, owners.clamp(max=batch_size - 1), -1)
+    if bool((owners >= batch_size).any()):
+        return None
+    return torch.where(busy, owners, -1)

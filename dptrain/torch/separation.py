@@ -5,7 +5,7 @@
 (b) Replace the other half: every loss of the first, and every row of theirs in every recorded operand
     and gradient, must stay as it was up to rounding. A stop-gradient batch mean, a hand-written batch
     norm and capacity-limited routing pass (a) and still let one example move another's gradient.
-(c) The losses again, with rows that are loud and with rows that crowd together.
+(c) The losses again, with rows that crowd together; the rest is in ``provocations.py``.
 """
 
 from __future__ import annotations
@@ -19,17 +19,13 @@ from torch.utils._pytree import tree_map
 
 from . import routing
 from .capture import Use
-from .errors import Misfit, Refused
+from .errors import WRITTEN, Misfit, Refused
 from .guards import backward, listed
 from .layout import Routed
 from .structure import Structure
 from .trace import CHANGING, Findings, match, names
 from .understudy import Understudy
 
-WRITTEN = (
-    "the forward pass writes to the model's parameters, which would be released without any "
-    "protection: keep such state in buffers that do not depend on the data, or freeze the module."
-)
 #: a batch mean of a thousand examples moves by 1e-3; rounding by less than this
 TOLERANCE = 3e-5
 
@@ -66,12 +62,11 @@ def check(understudy: Understudy, structure: Structure, size: int, attempt: int)
         raise Refused(WRITTEN)
     if first is None:
         return None
-    other_rows = _choose(kept, rows, understudy.stand_ins(size, attempt + 1, salt=1))
+    other_rows = choose(kept, rows, understudy.stand_ins(size, attempt + 1, salt=1))
     second = _record(understudy, structure, other_rows, kept, first.findings)
     if second is None or bool((first.losses == second.losses)[~kept].all()):
         return None
     _compare(first, second, kept)
-    _loud(understudy, structure.layouts, rows, first.losses, kept)
     _crowded(understudy, structure.layouts, size, attempt)
     return first
 
@@ -136,7 +131,7 @@ def _compare(first: Record, second: Record, kept: Tensor) -> None:
                 f"the buffer {name} of the model depends on the data, which would be released "
                 "without any protection: freeze it, for example with .eval() on its module."
             )
-    _check_losses(first.losses, second.losses, kept)
+    check_losses(first.losses, second.losses, kept)
     for name in first.digests.keys() & second.digests.keys():
         if not _same(first.digests[name], second.digests[name], kept):
             operation, leaves, *_ = name
@@ -146,25 +141,6 @@ def _compare(first: Record, second: Record, kept: Tensor) -> None:
             )
 
 
-def _loud(understudy: Understudy, layouts, rows: Any, losses: Tensor, kept: Tensor) -> None:
-    """Some rows a thousand times as large: what a threshold or a maximum would notice."""
-
-    def amplify(t):
-        if not isinstance(t, Tensor) or not t.is_floating_point():
-            return t
-        return torch.where(_column(kept, t), t, 1e3 * t)
-
-    if not any(isinstance(t, Tensor) and t.is_floating_point() for t in understudy.stand_ins.leaves):
-        return
-    try:
-        _, changed = understudy.forward(tree_map(amplify, rows), len(kept), layouts)
-    except Refused:
-        raise
-    except Exception:  # such rows can be outside what a loss accepts
-        return
-    _check_losses(losses, changed.detach(), kept)
-
-
 def _crowded(understudy: Understudy, layouts, size: int, attempt: int) -> None:
     """Rows nearly alike and then half of them another: what fills a router's capacity."""
     rows = understudy.stand_ins.crowd(size, attempt)
@@ -172,11 +148,11 @@ def _crowded(understudy: Understudy, layouts, size: int, attempt: int) -> None:
     _, losses = understudy.forward(rows, size, layouts)
     for salt, sign in enumerate((-1.0, 1.0)):  # a row that is routed elsewhere must be met
         new = understudy.stand_ins.crowd(size, attempt + 1, 1 + salt, sign)
-        _, changed = understudy.forward(_choose(kept, rows, new), size, layouts)
-        _check_losses(losses.detach(), changed.detach(), kept)
+        _, changed = understudy.forward(choose(kept, rows, new), size, layouts)
+        check_losses(losses.detach(), changed.detach(), kept)
 
 
-def _check_losses(losses: Tensor, changed: Tensor, kept: Tensor) -> None:
+def check_losses(losses: Tensor, changed: Tensor, kept: Tensor) -> None:
     if not _same(losses, changed, kept.to(losses.device)):
         raise Refused("examples mix: replacing one example changes the loss of another.")
 
@@ -188,7 +164,7 @@ def _column(rows: Tensor, like: Tensor) -> Tensor:
     return rows.to(like.device).reshape(-1, *[1] * (like.dim() - 1))
 
 
-def _choose(keep: Tensor, rows: Any, new: Any) -> Any:
+def choose(keep: Tensor, rows: Any, new: Any) -> Any:
     """The rows in ``keep`` from one batch, the others from another."""
     return tree_map(
         lambda t, u: torch.where(_column(keep, t), t, u) if isinstance(t, Tensor) else t, rows, new

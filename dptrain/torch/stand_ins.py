@@ -33,6 +33,15 @@ def seed(number: int) -> None:
     random.seed(number)
 
 
+def random_state(parameters: dict[str, Tensor]) -> tuple:
+    """Where every generator stands that a model on these parameters may draw from."""
+    devices = {p.device for p in parameters.values() if p.is_cuda}
+    on_gpu = [torch.cuda.get_rng_state(d).numpy().tobytes() for d in sorted(devices, key=str)]
+    numpy = np.random.get_state()
+    mine = torch.get_rng_state().numpy().tobytes()
+    return mine, on_gpu, random.getstate(), numpy[1].tobytes(), numpy[2:]
+
+
 @torch.no_grad()
 def randomise(model: nn.Module, original: nn.Module, attempt: int) -> None:
     """Parameters near the original's own, but with no zero left to hide behind; at last as they are."""

@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .capture import Capture, Sink
 from .errors import Refused
 from .guards import check_losses, parameters_untouched, trainable
-from .stand_ins import StandIns, randomise, seed
+from .stand_ins import StandIns, random_state, randomise, seed
+
+#: attributes that every module has
+EMPTY = vars(nn.Module()).keys()
 
 
 def ignore(*_: Any) -> None:
@@ -25,6 +28,19 @@ def _derived(model: nn.Module) -> dict[int, Any]:
     module, which refuse to be copied with their graph; each forward pass makes them anew."""
     held = [t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor)]
     return {id(t): t.detach().clone() for t in held if t.grad_fn is not None}
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    """What a module holds besides parameters, buffers, submodules and hooks: caches, flags, counters."""
+    own = vars(module)
+    return {name: own[name] for name in own.keys() - EMPTY}
+
+
+def _copied(value: Any) -> Any:
+    """A copy of what a forward pass may change in place; the rest as it is."""
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        return value.detach().clone()
+    return copy.copy(value) if isinstance(value, (list, dict, set)) else value
 
 
 class Understudy:
@@ -53,27 +69,52 @@ class Understudy:
         self.model.zero_grad(set_to_none=True)
         self.stand_ins = StandIns(batch, mask, batch_size)
         self.parameters = trainable(self.model)
+        #: whether a forward pass drew random numbers
+        self.random = False
         self._buffers = {n: b.clone() for n, b in self.model.named_buffers()}
+        self._attributes = [
+            (module, {name: _copied(value) for name, value in _plain(module).items()})
+            for module in self.model.modules()
+        ]
 
     def randomise(self, attempt: int) -> None:
         """A zero-initialised head would hide what comes before it."""
         randomise(self.model, self.original, attempt)
 
-    def reset(self) -> None:
-        """Buffers and randomness as at the start."""
+    def reset(self, draw: int = 0) -> None:
+        """Buffers, attributes and randomness as at the start; ``draw`` picks the random numbers."""
+        for module, attributes in self._attributes:
+            for name in _plain(module).keys() - attributes.keys():
+                del module.__dict__[name]
+            module.__dict__.update({name: _copied(value) for name, value in attributes.items()})
         for name, buffer in self.model.named_buffers():
             if not torch.equal(buffer, self._buffers[name]):  # else a graph may still need it as it is
                 buffer.copy_(self._buffers[name])
-        seed(7)
+        seed(7 + draw)
 
     def buffers(self) -> dict[str, Tensor]:
         """Copies of the buffers as they are now."""
         return {n: b.clone() for n, b in self.model.named_buffers()}
 
+    def losses(self, rows: Any, layouts: Any, draw: int = 0, carry: bool = False) -> Tensor:
+        """The losses of a captured forward pass, detached; ``carry``: without a reset before it."""
+        size = len(next(t for t in tree_leaves(rows) if isinstance(t, Tensor)))
+        if carry:
+            seed(7 + draw)
+        else:
+            self.reset(draw)
+        before = random_state(self.parameters)
+        losses = self._forward(rows, size, layouts, ignore)[1].detach()
+        self.random |= random_state(self.parameters) != before
+        return losses
+
     def forward(self, rows: Any, size: int, layouts: Any, sink: Sink = ignore) -> tuple[Capture, Tensor]:
         """A captured forward pass; the losses ``[size]``."""
         self.reset()
-        capture = Capture(self.parameters, size, sink, layouts)
+        return self._forward(rows, size, layouts, sink)
+
+    def _forward(self, rows: Any, size: int, layouts: Any, sink: Sink) -> tuple[Capture, Tensor]:
+        capture = Capture(self.parameters, size, sink, layouts, self.model.parameters())
         batch = tree_map(lambda t: capture.mark_data(t.clone()) if isinstance(t, Tensor) else t, rows)
         with parameters_untouched(self.model), torch.enable_grad(), capture:
             losses = self.loss_fn(self.model, batch)

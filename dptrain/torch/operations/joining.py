@@ -41,5 +41,7 @@ def attention(capture, func, query, key, value, attn_mask=None, *args, **kwargs)
 
 def prelu(capture, func, input, weight):
     shape = (-1,) + (1,) * (input.dim() - 2) if weight.numel() > 1 else (1,)
-    negative = capture(torch.mul, capture(torch.clamp, input, max=0), weight.reshape(shape))
-    return capture(torch.add, capture(torch.clamp, input, min=0), negative)
+    slope = weight.reshape(shape)
+    if capture.is_data(weight):
+        capture.mark_data(slope)
+    return torch.where(input > 0, input, capture(torch.mul, input, slope))

@@ -51,7 +51,7 @@ def embedding_bag(capture, func, input, weight, offsets=None, max_norm=None, nor
         counted = input != padding_idx % weight.shape[0]
     counted = capture.mark_data(counted.unsqueeze(-1))
     if mode == "max":
-        top = torch.where(counted, rows, -torch.inf).amax(1)
+        top = torch.where(counted, rows, -torch.inf).max(1).values
         return torch.where(counted.any(1), top, 0.0)
     if per_sample_weights is not None:
         column = capture(torch.Tensor.unsqueeze, per_sample_weights, -1)
@@ -60,18 +60,32 @@ def embedding_bag(capture, func, input, weight, offsets=None, max_norm=None, nor
     return total / counted.sum(1).clamp(min=1) if mode == "mean" else total
 
 
+def _all_alike(tensor: Tensor, axis: int) -> bool:
+    """Whether an axis was expanded, so that it does not matter which of its entries are picked."""
+    return tensor.shape[axis] == 1 or tensor.stride(axis) == 0
+
+
 def getitem(capture, func, tensor, index):
     while isinstance(index, tuple) and len(index) == 1:
         index = index[0]
-    integers = isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32)
-    if capture.is_parameter(tensor) and integers:
-        return _lookup(capture, tensor, index.long(), None)
+    if capture.is_parameter(tensor) and isinstance(index, Tensor) and index.dim() > 0:
+        if index.dtype == torch.bool and index.dim() == 1 and _all_alike(tensor, 0):
+            return spread(capture, tensor[:1], (int(index.sum()), *tensor.shape[1:]), "getitem")
+        if index.dtype in (torch.int64, torch.int32):
+            if _all_alike(tensor, 0):
+                return spread(capture, tensor[0], (*index.shape, *tensor.shape[1:]), "getitem")
+            return _lookup(capture, tensor, index.long(), None)
     return generic(capture, func, (tensor, index), {})
 
 
 def index_select(capture, func, input, dim, index):
-    if capture.is_parameter(input) and input.dim() > 0 and dim % input.dim() == 0 and index.dim() == 1:
-        return _lookup(capture, input, index.long(), None)
+    if capture.is_parameter(input) and input.dim() > 0 and index.dim() == 1:
+        dim %= input.dim()
+        if _all_alike(input, dim):
+            shape = (*input.shape[:dim], len(index), *input.shape[dim + 1 :])
+            return spread(capture, input.narrow(dim, 0, 1), shape, "index_select")
+        if dim == 0:
+            return _lookup(capture, input, index.long(), None)
     return generic(capture, func, (input, dim, index), {})
 
 

@@ -1,0 +1,122 @@
+"""Losses under provocation: (c) of the probe, at a small size, where a forward pass costs next to nothing.
+
+Some examples are made loud, silent, short or extreme, and the losses of the others must stay as
+they were: that is what a threshold on the batch, a sequence trimmed to the longest, a mask averaged
+over the batch or weights by class counts would notice. Each comparison draws other random numbers, so
+that mixing by chance is met as well. At last, what one batch leaves behind in the model must not show
+in the losses of the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .errors import Refused
+from .separation import check_losses, choose
+from .understudy import Understudy
+
+CARRIED = (
+    "the model carries data from one batch to the next, in an attribute or a buffer, so that examples "
+    "mix over the steps: reset such state at the beginning of each forward pass."
+)
+
+#: a leaf of the stand-in rows, and the same leaf of the batch that they stand in for -> other rows
+Change = Callable[[Tensor, Tensor], Tensor]
+
+
+def same(rows: Tensor, pool: Tensor) -> Tensor:
+    return rows
+
+
+def loud(rows: Tensor, pool: Tensor) -> Tensor:
+    return 1e3 * rows.abs() if rows.is_floating_point() else rows
+
+
+def low(rows: Tensor, pool: Tensor) -> Tensor:
+    return -1e3 * rows.abs() if rows.is_floating_point() else rows
+
+
+def silent(rows: Tensor, pool: Tensor) -> Tensor:
+    return torch.zeros_like(rows) if rows.is_floating_point() else rows
+
+
+def short(rows: Tensor, pool: Tensor) -> Tensor:
+    """The second half of what comes after the axis of examples is padding."""
+    if rows.dim() < 2:
+        return rows
+    rows = rows.clone()
+    rows[:, (rows.shape[1] + 1) // 2 :] = 0
+    return rows
+
+
+def lowest(rows: Tensor, pool: Tensor) -> Tensor:
+    return rows if rows.is_floating_point() else pool.amin().to(rows).expand_as(rows).clone()
+
+
+def highest(rows: Tensor, pool: Tensor) -> Tensor:
+    return rows if rows.is_floating_point() else pool.amax().to(rows).expand_as(rows).clone()
+
+
+#: what all rows are, and what some of them become
+PROVOCATIONS: tuple[tuple[Change, Change], ...] = (
+    (same, loud),
+    (same, low),
+    (same, silent),
+    (same, short),
+    (short, same),
+    (lowest, highest),
+    (highest, lowest),
+    (short, highest),
+    (loud, low),
+    (silent, same),
+    (same, same),
+)
+
+
+def provoke(understudy: Understudy, layouts: Any, size: int) -> None:
+    """Make all comparisons with ``size`` examples.
+
+    Raises:
+        Refused: examples mix.
+    """
+    rows, new = understudy.stand_ins(size, 0), understudy.stand_ins(size, 1, salt=1)
+    _nothing_carried(understudy, layouts, rows, new)
+    known: dict[Change, Tensor] = {}
+    for number, (mine, theirs) in enumerate(PROVOCATIONS):
+        kept = torch.arange(size) % 2 == number % 2
+        before = _changed(understudy, rows, mine)
+        after = choose(kept, before, _changed(understudy, new if mine is theirs else rows, theirs))
+        draw = number if understudy.random else 0
+        try:
+            if mine not in known or understudy.random:
+                known[mine] = understudy.losses(before, layouts, draw)
+            changed = understudy.losses(after, layouts, draw)
+        except Refused:
+            raise
+        except Exception:  # such rows can be outside what a model accepts
+            continue
+        check_losses(known[mine], changed, kept)
+
+
+def _changed(understudy: Understudy, rows: Any, change: Change) -> Any:
+    leaves, tree = tree_flatten(rows)
+    pools = understudy.stand_ins.leaves
+    changed = [change(t, pool) if isinstance(t, Tensor) else t for t, pool in zip(leaves, pools)]
+    return tree_unflatten(changed, tree)
+
+
+def _nothing_carried(understudy: Understudy, layouts: Any, rows: Any, new: Any) -> None:
+    after = []
+    for first in (rows, new):
+        understudy.losses(first, layouts)
+        after.append(understudy.losses(rows, layouts, carry=True))
+    everyone = torch.ones(len(after[0]), dtype=torch.bool)
+    try:
+        check_losses(*after, everyone)
+    except Refused:
+        raise Refused(CARRIED) from None
