@@ -16,7 +16,7 @@ import contextlib
 import functools
 import types
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -220,6 +220,8 @@ class Capture(TorchFunctionMode):
             operations.refuse_batch_statistics(func, args, kwargs)
         out = func(*args, **kwargs)
         if data:
+            if isinstance(out, Iterator):  # ``for row in tensor``
+                return iter(self.mark_data(list(out)))
             self._mark_results(func, args, kwargs, out)
         return out
 

@@ -72,8 +72,8 @@ class Routed:
     that whatever holds for a regular layout holds for this one: zeros add nothing to a gradient.
 
     Args:
-        owners: int64, the shape of the leading axes that are rows; -1 for rows without a gradient,
-            which are left out.
+        owners: int64, the shape of the leading axes that are rows, a single number if all belong to
+            one example; -1 for rows without a gradient, which are left out.
         batch_size: number of examples.
     """
 
@@ -84,7 +84,7 @@ class Routed:
         mine = flat[self._rows]
         counts = torch.bincount(mine, minlength=batch_size)
         rank = torch.arange(len(mine), device=flat.device) - (counts.cumsum(0) - counts)[mine]
-        self.owners = owners
+        self.owners, self.batch_size = owners, batch_size
         #: most rows of any example
         self.width = max(1, int(counts.max()))
         self._places = mine * self.width + rank
@@ -97,8 +97,17 @@ class Routed:
 
     def sorted_rows(self, tensor: Tensor, batch_size: int) -> Tensor:
         """``[B * width, ...]``, the row axes flattened."""
-        rows = tensor.flatten(0, self.owners.dim() - 1)[self._rows]
+        batch_size = self.batch_size
+        axes = self.owners.dim()
+        rows = (tensor.flatten(0, axes - 1) if axes else tensor.unsqueeze(0))[self._rows]
         return rows.new_zeros(batch_size * self.width, *rows.shape[1:]).index_copy_(0, self._places, rows)
+
+    def by_group(self) -> Routed:
+        """For rows ``[E, T]``: as if each group had examples of its own, ``b * E + e``."""
+        groups = self.owners.shape[0]
+        group = torch.arange(groups, device=self.owners.device).unsqueeze(1)
+        owners = torch.where(self.owners >= 0, self.owners * groups + group, -1)
+        return Routed(owners, self.batch_size * groups)
 
     def split(self, tensor: Tensor, batch_size: int) -> Tensor:
         """``[B, 1, width, ...]``, the row axes flattened."""

@@ -92,6 +92,7 @@ def _examples_apart(
         raise Refused(
             f"could not show that examples do not mix: no stand-in example moved {listed(leaves)}. "
             "See that the losses are finite and depend on the examples."
+            + (f" The model's own error was: {understudy.failure}" if understudy.failure else "")
         )
     return structure, findings, waiting
 

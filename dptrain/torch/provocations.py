@@ -14,15 +14,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .errors import Refused
-from .separation import check_losses, choose
+from .separation import MIXED, choose, same_rows
 from .understudy import Understudy
 
 CARRIED = (
     "the model carries data from one batch to the next, in an attribute or a buffer, so that examples "
     "mix over the steps: reset such state at the beginning of each forward pass."
+)
+
+SPREADS = (
+    "examples mix: what is not a number in one example reaches the losses of others, as in a product with "
+    "a mask over the whole batch (0 * NaN is NaN): pick the rows of each example by indexing instead."
+)
+PLACE = (
+    "an example's loss depends on its place in the batch or on how many others there are: compute it from "
+    "the example alone, and leave averages over the batch to dptrain."
 )
 
 #: a leaf of the stand-in rows, and the same leaf of the batch that they stand in for -> other rows
@@ -54,6 +63,11 @@ def short(rows: Tensor, pool: Tensor) -> Tensor:
     return rows
 
 
+def broken(rows: Tensor, pool: Tensor) -> Tensor:
+    """Not a number: times zero it still is none, so that a product with a mask hands it on."""
+    return torch.full_like(rows, float("nan")) if rows.is_floating_point() else rows
+
+
 def lowest(rows: Tensor, pool: Tensor) -> Tensor:
     return rows if rows.is_floating_point() else pool.amin().to(rows).expand_as(rows).clone()
 
@@ -74,6 +88,7 @@ PROVOCATIONS: tuple[tuple[Change, Change], ...] = (
     (short, highest),
     (loud, low),
     (silent, same),
+    (same, broken),
     (same, same),
 )
 
@@ -100,7 +115,9 @@ def provoke(understudy: Understudy, layouts: Any, size: int) -> None:
             raise
         except Exception:  # such rows can be outside what a model accepts
             continue
-        check_losses(known[mine], changed, kept)
+        if not same_rows(known[mine], changed, kept):
+            raise Refused(SPREADS if theirs is broken else MIXED)
+    _anywhere(understudy, layouts, rows)
 
 
 def _changed(understudy: Understudy, rows: Any, change: Change) -> Any:
@@ -110,13 +127,31 @@ def _changed(understudy: Understudy, rows: Any, change: Change) -> Any:
     return tree_unflatten(changed, tree)
 
 
+def _anywhere(understudy: Understudy, layouts: Any, rows: Any) -> None:
+    """An example's loss is the same wherever it stands, and however many others there are."""
+    losses = understudy.losses(rows, layouts)
+    if understudy.random:  # another place draws other numbers
+        return
+    try:
+        turned = understudy.losses(_map(lambda t: torch.cat([t.flip(0), t[:1]]), rows), layouts)
+    except Refused:
+        raise
+    except Exception:  # the model takes no other batch size
+        return
+    wanted = torch.cat([losses.flip(0), losses[:1]])
+    if not same_rows(wanted, turned, torch.ones(len(wanted), dtype=torch.bool)):
+        raise Refused(PLACE)
+
+
+def _map(change: Callable[[Tensor], Tensor], rows: Any) -> Any:
+    return tree_map(lambda t: change(t) if isinstance(t, Tensor) else t, rows)
+
+
 def _nothing_carried(understudy: Understudy, layouts: Any, rows: Any, new: Any) -> None:
     after = []
     for first in (rows, new):
         understudy.losses(first, layouts)
         after.append(understudy.losses(rows, layouts, carry=True))
     everyone = torch.ones(len(after[0]), dtype=torch.bool)
-    try:
-        check_losses(*after, everyone)
-    except Refused:
-        raise Refused(CARRIED) from None
+    if not same_rows(*after, everyone):
+        raise Refused(CARRIED)

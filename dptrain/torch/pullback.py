@@ -109,7 +109,7 @@ def _kind(
     times = torch.zeros_like(leaf, dtype=torch.float32)
     for use in uses:
         times += _through(use.value, leaf, torch.ones_like(use.value))
-    if times.max() <= 1:
+    if not times.numel() or times.max() <= 1:
         return Kind.ALONE, ()
     if not all(isinstance(use.rule, (Linear, Lookup)) for use in uses) or leaf.dim() != 2:
         return Kind.GENERAL, ()

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import traceback
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from .structure import Structure
 from .trace import CHANGING, Findings, match, names
 from .understudy import Understudy
 
+MIXED = "examples mix: replacing one example changes the loss of another."
 #: a batch mean of a thousand examples moves by 1e-3; rounding by less than this
 TOLERANCE = 3e-5
 
@@ -52,6 +54,18 @@ def check(understudy: Understudy, structure: Structure, size: int, attempt: int)
         Refused: examples mix, or data is written where it would be released.
         Misfit: see there.
     """
+    try:
+        return _check(understudy, structure, size, attempt)
+    except Refused:
+        raise
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # rows outside what the model accepts
+        understudy.failure = traceback.format_exc(limit=-1).strip().splitlines()[-1]
+        return None
+
+
+def _check(understudy: Understudy, structure: Structure, size: int, attempt: int) -> Record | None:
     understudy.randomise(attempt)
     rows = understudy.stand_ins(size, attempt)
     kept = torch.zeros(size, dtype=torch.bool)
@@ -97,7 +111,7 @@ def _record(understudy: Understudy, structure: Structure, rows, kept, known=None
         split = fact.layout.split(g, size).reshape(size, -1)
         busy = split.abs().amax(1) != 0 if split.numel() else torch.zeros_like(kept)
         if bool(busy[~kept].any()):
-            if not fact.routed and use.rule.row_axes(g):
+            if not fact.routed:
                 raise Misfit(CHANGING, fact.pattern)
             raise Refused(
                 f"examples mix in {use.operation} with {listed(fact.leaves)}: the loss of one "
@@ -131,9 +145,10 @@ def _compare(first: Record, second: Record, kept: Tensor) -> None:
                 f"the buffer {name} of the model depends on the data, which would be released "
                 "without any protection: freeze it, for example with .eval() on its module."
             )
-    check_losses(first.losses, second.losses, kept)
+    if not same_rows(first.losses, second.losses, kept):
+        raise Refused(MIXED)
     for name in first.digests.keys() & second.digests.keys():
-        if not _same(first.digests[name], second.digests[name], kept):
+        if not same_rows(first.digests[name], second.digests[name], kept):
             operation, leaves, *_ = name
             raise Refused(
                 f"examples mix in {operation} with {listed(leaves)}: replacing one example changes "
@@ -145,16 +160,18 @@ def _crowded(understudy: Understudy, layouts, size: int, attempt: int) -> None:
     """Rows nearly alike and then half of them another: what fills a router's capacity."""
     rows = understudy.stand_ins.crowd(size, attempt)
     kept = torch.arange(size) >= (size + 1) // 2  # routing favours whoever comes first
-    _, losses = understudy.forward(rows, size, layouts)
-    for salt, sign in enumerate((-1.0, 1.0)):  # a row that is routed elsewhere must be met
-        new = understudy.stand_ins.crowd(size, attempt + 1, 1 + salt, sign)
-        _, changed = understudy.forward(choose(kept, rows, new), size, layouts)
-        check_losses(losses.detach(), changed.detach(), kept)
-
-
-def check_losses(losses: Tensor, changed: Tensor, kept: Tensor) -> None:
-    if not _same(losses, changed, kept.to(losses.device)):
-        raise Refused("examples mix: replacing one example changes the loss of another.")
+    others = [  # two, so that a row that is routed elsewhere is met
+        understudy.stand_ins.crowd(size, attempt + 1, salt, sign) for salt, sign in ((1, -1.0), (2, 1.0))
+    ]
+    try:
+        losses = understudy.losses(rows, layouts)
+        changed = [understudy.losses(choose(kept, rows, new), layouts) for new in others]
+    except Refused:
+        raise
+    except Exception:  # such rows can be outside what a model accepts
+        return
+    if not all(same_rows(losses, each, kept) for each in changed):
+        raise Refused(MIXED)
 
 
 # ------------------------------------------------------------------ digests
@@ -194,7 +211,7 @@ def _digest(split: Tensor, rows: int) -> Tensor:
     return torch.stack([total @ direction, norm], 1).double()
 
 
-def _same(first: Tensor, second: Tensor, rows: Tensor) -> bool:
+def same_rows(first: Tensor, second: Tensor, rows: Tensor) -> bool:
     """Equal up to rounding in these rows; what is not finite must stay so."""
     rows = rows.to(first.device)
     first, second = first[rows].double(), second[rows].double()

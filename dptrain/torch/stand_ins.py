@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
 @contextlib.contextmanager
@@ -72,6 +72,19 @@ class StandIns:
         self.all_alike = not any(
             bool((t[self.rows] != t[first]).any()) for t in self.leaves if isinstance(t, Tensor)
         )
+        #: real rows in their own order, for models that accept nothing else
+        self.plain = False
+        self._kinds = [self._kind(t) for t in self.leaves]
+
+    def _kind(self, t: Any) -> tuple[Tensor, float, float] | None:
+        """Of floats: which columns hold whole numbers only, codes perhaps, and the range of the values."""
+        if not isinstance(t, Tensor) or not t.is_floating_point() or not t.numel():
+            return None
+        rows = t.detach()[self.rows.to(t.device)].nan_to_num()
+        whole = (rows == rows.round()).all(0)
+        low = 0.0 if bool((rows >= 0).all()) else -float("inf")
+        high = 1.0 if low == 0 and bool((rows <= 1).all()) else float("inf")
+        return whole, low, high
 
     def __call__(self, size: int, attempt: int, salt: int = 0) -> Any:
         """``size`` rows, the same for the same numbers."""
@@ -81,15 +94,18 @@ class StandIns:
         second = self.rows[torch.randint(len(self.rows), (size,), generator=generator)]
         weight = torch.rand(size, generator=generator)
         vary = self.all_alike or attempt > 0
+        if self.plain:  # spread evenly; the others are their neighbours, in case the order matters
+            places = torch.arange(size) * len(self.rows) // size
+            first = second = self.rows[(places - int(salt > 0)).clamp(min=0)]
         out = []
-        for t in self.leaves:
+        for t, kind in zip(self.leaves, self._kinds):
             if not isinstance(t, Tensor):
                 out.append(t)
             elif t.is_floating_point():
-                out.append(self._mixture(t, first, second, weight, vary, generator))
+                out.append(self._mixture(t, kind, first, second, weight, vary, generator))
             else:
                 x = t.detach()[first.to(t.device)].clone()
-                if t.dim() > 1 and (self.all_alike or attempt > 1):
+                if t.dim() > 1 and (self.all_alike or attempt > 1) and not self.plain:
                     x = self._shuffled(t, x, generator)
                 out.append(x)
         return tree_unflatten(out, self.tree)
@@ -99,26 +115,32 @@ class StandIns:
         one = self(1, attempt, salt)
         generator = torch.Generator().manual_seed(attempt + salt)
 
-        def copies(t: Any) -> Any:
-            if not isinstance(t, Tensor):
-                return t
-            t = t.repeat_interleave(size, 0)
-            if not t.is_floating_point():
-                return t
-            noise = torch.randn(t.shape, generator=generator).to(t.device, t.dtype)
-            return sign * t + 1e-3 * noise * t.abs().mean()
+        leaves, tree = tree_flatten(one)
+        out = []
+        for t, kind in zip(leaves, self._kinds):
+            if isinstance(t, Tensor):
+                t = t.repeat_interleave(size, 0)
+                if kind is not None:
+                    noise = torch.randn(t.shape, generator=generator).to(t.device, t.dtype)
+                    moved = (sign * t + 1e-3 * noise * t.abs().mean()).clamp(*kind[1:])
+                    t = torch.where(kind[0], t, moved)
+            out.append(t)
+        return tree_unflatten(out, tree)
 
-        return tree_map(copies, one)
-
-    def _mixture(self, t, first, second, weight, vary, generator) -> Tensor:
+    def _mixture(self, t, kind, first, second, weight, vary, generator) -> Tensor:
         x, y = t.detach()[first.to(t.device)], t.detach()[second.to(t.device)]
         x, y = x.nan_to_num(0.5, 0.5, 0.5), y.nan_to_num(0.5, 0.5, 0.5)
+        if self.plain or kind is None:
+            return x.clone()
+        whole, low, high = kind
         w = weight.to(t.device, t.dtype).reshape(-1, *[1] * (t.dim() - 1))
-        x = w * x + (1 - w) * y
+        mixed = w * x + (1 - w) * y
         if vary:
             noise = torch.randn(x.shape, generator=generator).to(t.device, t.dtype)
-            x = x + noise * (0.1 + x.std() if x.numel() > 1 else 0.1)
-        return x
+            mixed = mixed + noise * (0.1 + mixed.std() if mixed.numel() > 1 else 0.1)
+        if self.all_alike:  # nothing else would tell the rows apart
+            return mixed.clamp(low, high)
+        return torch.where(whole, x, mixed.clamp(low, high))
 
     def _shuffled(self, t: Tensor, x: Tensor, generator: torch.Generator) -> Tensor:
         """Values of this leaf in another order; masks of zeros and ones stay as they are."""

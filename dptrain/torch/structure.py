@@ -36,7 +36,7 @@ class Seen:
     fact: UseFacts
     shape: torch.Size | None = None
     options: list[Layout] | None = None
-    #: how many examples move each row, where rows can be told apart
+    #: how many examples move each row
     movers: Tensor | None = None
 
 
@@ -138,16 +138,26 @@ def find_structure(understudy: Understudy, batch_size: int) -> Structure:
 
 def _first_passes(understudy: Understudy, batch_size: int):
     """The sizes, the layouts for the generic rule, and passes at each size that can still be used."""
-    try:
-        passes = [understudy.forward(understudy.stand_ins(s, i), s, None) for i, s in enumerate(SIZES)]
-        sizes: tuple[int, ...] = SIZES
-    except Refused:
-        raise
-    except Exception:  # the model takes only the batch size that it was given
-        passes = [understudy.forward(understudy.stand_ins(batch_size, 0), batch_size, None)]
-        sizes = (batch_size,)
+    sizes, passes = _sizes_and_passes(understudy, batch_size)
     layouts = _generic_layouts([capture.generic for capture, _ in passes], sizes)
     return sizes, layouts, [] if layouts else passes
+
+
+def _sizes_and_passes(understudy: Understudy, batch_size: int):
+    """With mixed rows or, if the model accepts only such as it was given, with those."""
+    for plain in (False, True):
+        understudy.stand_ins.plain = plain
+        for sizes in (SIZES, (batch_size,)):
+            try:
+                return sizes, [
+                    understudy.forward(understudy.stand_ins(s, i), s, None) for i, s in enumerate(sizes)
+                ]
+            except Refused:
+                raise
+            except Exception:
+                if plain and sizes == (batch_size,):  # an error of the model's own
+                    raise
+    raise AssertionError
 
 
 def _look(understudy: Understudy, size: int, attempt: int, layouts, ready) -> list[Seen]:
@@ -166,10 +176,8 @@ def _look(understudy: Understudy, size: int, attempt: int, layouts, ready) -> li
             seen.fact = dataclasses.replace(seen.fact, size=sized)
         rows = {axis: busy(g, axis) for axis in {layout.axis for layout in seen.options}}
         seen.options = [o for o in seen.options if only_rows_of(example, rows[o.axis], o, size)]
-        axes = use.rule.row_axes(g)
-        if axes:
-            moved = row_heights(g, axes).ne(0).byte()
-            seen.movers = moved if seen.movers is None else seen.movers + moved
+        moved = row_heights(g, use.rule.row_axes(g)).ne(0).byte()
+        seen.movers = moved if seen.movers is None else seen.movers + moved
 
     capture.sink = look
     for example in range(size):

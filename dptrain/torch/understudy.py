@@ -69,6 +69,8 @@ class Understudy:
         self.model.zero_grad(set_to_none=True)
         self.stand_ins = StandIns(batch, mask, batch_size)
         self.parameters = trainable(self.model)
+        #: the last error of the model's own, in a line
+        self.failure = ""
         #: whether a forward pass drew random numbers
         self.random = False
         self._buffers = {n: b.clone() for n, b in self.model.named_buffers()}

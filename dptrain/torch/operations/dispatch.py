@@ -14,7 +14,7 @@ from ..capture import Capture
 from .convolution import convolution
 from .generic import generic
 from .joining import attention, cat, column_stack, prelu
-from .linear import addmm, baddbmm, einsum, grouped_mm, linear, matmul
+from .linear import addmm, baddbmm, dot, einsum, grouped_mm, linear, matmul, outer
 from .norms import (
     batch_norm,
     group_norm,
@@ -47,6 +47,10 @@ RULES = {
     "__matmul__": matmul,
     "__rmatmul__": matmul,
     "mm": matmul,
+    "mv": matmul,
+    "dot": dot,
+    "outer": outer,
+    "ger": outer,
     "bmm": matmul,
     "einsum": einsum,
     "grouped_mm": grouped_mm,

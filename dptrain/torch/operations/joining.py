@@ -32,8 +32,9 @@ def attention(capture, func, query, key, value, attn_mask=None, *args, **kwargs)
         batch = np.broadcast_shapes(query.shape[:-2], key.shape[:-2])
         shape = (*batch, query.shape[-2], key.shape[-2])
         attn_mask = spread(capture, attn_mask, shape, "attention mask")
+    batch = np.broadcast_shapes(*(t.shape[:-2] for t in (query, key, value)))
     query, key, value = (
-        spread(capture, t, t.shape, "attention") if capture.is_parameter(t) else t
+        spread(capture, t, (*batch, *t.shape[-2:]), "attention") if capture.is_parameter(t) else t
         for t in (query, key, value)
     )
     return func(query, key, value, attn_mask, *args, **kwargs)

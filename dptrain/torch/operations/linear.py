@@ -17,6 +17,11 @@ from .values import lowered, origin
 
 def linear_map(capture: Capture, x: Tensor, weight, bias, transposed: bool, operation: str) -> Tensor:
     """``x W^T + b`` (or ``x W + b`` if ``transposed``) with a two-dimensional parameter weight."""
+    if x.is_complex() or weight.is_complex():
+        y = _complex(
+            capture, x, weight, lambda part, w: linear_map(capture, part, w, None, transposed, operation)
+        )
+        return y if bias is None else capture(torch.add, capture.mark_data(y), bias)
     x = lowered(x)
     weight_use = None
     if capture.is_parameter(weight):
@@ -52,6 +57,37 @@ def addmm(capture, func, input, mat1, mat2, *, beta=1, alpha=1):
 
 def baddbmm(capture, func, input, batch1, batch2, *, beta=1, alpha=1):
     return addmm(capture, func, input, batch1, batch2, beta=beta, alpha=alpha)
+
+
+def _complex(capture: Capture, x: Tensor, value: Tensor, multiply) -> Tensor:
+    """A product of complex numbers by real ones: the value is used by its parts."""
+
+    def parts(t: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not t.is_complex():
+            return t, None
+        pairs = torch.view_as_real(t.resolve_conj())
+        if capture.is_data(t):
+            capture.mark_data(pairs)
+        return capture(torch.select, pairs, -1, 0), capture(torch.select, pairs, -1, 1)
+
+    (xr, xi), (vr, vi) = parts(x), parts(value)
+    real, imaginary = multiply(xr, vr), torch.zeros(())
+    if xi is not None and vi is not None:
+        real = real - multiply(xi, vi)
+    if vi is not None:
+        imaginary = imaginary + multiply(xr, vi)
+    if xi is not None:
+        imaginary = imaginary + multiply(xi, vr)
+    return torch.complex(real, imaginary)
+
+
+def dot(capture, func, input, other):
+    return capture(torch.mul, input, other).sum()
+
+
+def outer(capture, func, input, vec2):
+    columns = capture(torch.Tensor.unsqueeze, input, 1), capture(torch.Tensor.unsqueeze, vec2, 0)
+    return capture(torch.mul, *columns)
 
 
 def matmul(capture, func, input, other):
@@ -90,6 +126,8 @@ def matmul(capture, func, input, other):
 
 def grouped_map(capture: Capture, x: Tensor, groups: int, value: Tensor) -> Tensor:
     """``x [*groups, *free, K]`` by ``value [prod(groups), K, N]``."""
+    if x.is_complex() or value.is_complex():
+        return _complex(capture, x, value, lambda part, v: grouped_map(capture, part, groups, v))
     lead = x.shape[:groups]
     free = x.shape[groups:-1]
     x = lowered(x.reshape(lead.numel(), free.numel(), x.shape[-1]))

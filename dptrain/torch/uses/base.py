@@ -60,7 +60,7 @@ class Rule:
         return type(self).__name__.lower()
 
     def row_axes(self, g: Tensor) -> int:
-        """How many leading axes of ``g`` are rows that data could have routed; 0 if it cannot be said."""
+        """How many leading axes of ``g`` are rows, each of which could belong to another example."""
         return g.dim() - self.features
 
     def has_gram(self, layout: Placement) -> bool:
@@ -167,11 +167,8 @@ def reduce_to(gradient: Tensor, aligned: tuple[int, ...], layout: Placement, bat
     Returns ``[B, *aligned]``. Where the value itself varies along the axis of the examples (a
     position table expanded and then transformed), row b of the result keeps only its own rows.
     """
-    if isinstance(layout, Routed):  # aligned is one on all axes of rows
-        rows = layout.split(gradient, batch_size).sum((1, 2), dtype=widen(gradient[:0]).dtype)
-        rest = aligned[layout.owners.dim() :]
-        summed = [d + 1 for d, size in enumerate(rest) if size == 1]
-        return (rows.sum(summed) if summed else rows).reshape(batch_size, *aligned)
+    if isinstance(layout, Routed):
+        return _reduce_rows(gradient, aligned, layout, batch_size)
     axis = layout.axis
     ndim = gradient.dim()
     split = layout.split(gradient, batch_size)  # [B, ..., outer, inner, ...]
@@ -193,6 +190,21 @@ def reduce_to(gradient: Tensor, aligned: tuple[int, ...], layout: Placement, bat
     unfolded[examples, examples] = split.to(rows.dtype)
     summed = [d + 1 for d in range(ndim) if aligned[d] == 1]
     return (rows.sum(summed) if summed else rows).reshape(batch_size, *aligned)
+
+
+def _reduce_rows(gradient: Tensor, aligned: tuple[int, ...], layout: Routed, batch_size: int) -> Tensor:
+    """``reduce_to`` for rows that were routed: each is added up for its example, nobody's for no one."""
+    axes = layout.owners.dim()
+    places = torch.arange(math.prod(aligned[:axes]), device=gradient.device).reshape(aligned[:axes])
+    places = places.expand(layout.owners.shape)
+    mine = layout.owners >= 0
+    target = (layout.owners * math.prod(aligned[:axes]) + places)[mine]
+    rows = gradient.reshape(*layout.owners.shape, math.prod(gradient.shape[axes:]))[mine]
+    dtype = widen(gradient[:0] if gradient.dim() else gradient).dtype
+    total = torch.zeros(
+        batch_size * math.prod(aligned[:axes]), rows.shape[-1], dtype=dtype, device=gradient.device
+    )
+    return total.index_add_(0, target, rows.to(dtype)).reshape(batch_size, *aligned)
 
 
 def positions_of(tensor: Tensor, batch_size: int, keep: int) -> int:

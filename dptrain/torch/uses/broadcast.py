@@ -16,7 +16,7 @@ class Broadcast(Rule):
     aligned: tuple[int, ...] = ()
 
     def row_axes(self, g):
-        return next((axis for axis, size in enumerate(self.aligned) if size != 1), len(self.aligned))
+        return max((axis + 1 for axis, size in enumerate(self.aligned) if size == 1), default=0)
 
     def example_gradients(self, value, a, g, layout, batch_size):
         return reduce_to(g, self.aligned, layout, batch_size).reshape(batch_size, *value)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..layout import Placement
+from ..layout import Placement, Routed
 from .base import Factors, Rule, Size, gram_squared_norms, positions_of, reduce_to, widen
 
 
@@ -62,16 +62,19 @@ class GroupedLinear(Rule):
 
     features = 1
 
-    def row_axes(self, g):
-        return 0  # rows of one group each: the data would have to route within it
-
     def has_gram(self, layout: Placement) -> bool:
-        return layout.axis > 0
+        return isinstance(layout, Routed) or layout.axis > 0
 
     def size(self, value: torch.Size, a: Tensor | None, g: Tensor, batch_size: int) -> Size:
         return Size(value[0], positions_of(g, batch_size, 1) // value[0], value[1], value[2])
 
     def factors(self, a: Tensor | None, g: Tensor, layout: Placement, batch_size: int) -> Factors:
+        if isinstance(layout, Routed):
+            grouped = layout.by_group()
+            rows, cols = (widen(grouped.sorted_rows(t, batch_size)) for t in (a, g))
+            shape = (batch_size, g.shape[0], -1)
+            return Factors(rows.reshape(*shape, a.shape[-1]), cols.reshape(*shape, g.shape[-1]))
+
         def canonical(t: Tensor) -> Tensor:
             split = layout.split(t, batch_size)  # [B, E, ..., F]
             return widen(split.reshape(batch_size, t.shape[0], -1, t.shape[-1]))
@@ -82,7 +85,9 @@ class GroupedLinear(Rule):
         return gram_squared_norms(self.factors(a, g, layout, batch_size))
 
     def example_gradients(self, value, a, g, layout, batch_size):
-        if layout.axis == 0:  # each group belongs to one example: all others get zero
+        if (
+            not isinstance(layout, Routed) and layout.axis == 0
+        ):  # each group belongs to one example: all others get zero
             whole = self.contract(value, a, g, None, layout, batch_size)
             return reduce_to(whole, tuple(value), layout, batch_size)
         rows, cols = self.factors(a, g, layout, batch_size)
