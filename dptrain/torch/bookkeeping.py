@@ -138,6 +138,7 @@ class Bookkeeping:
     def _add(self, squared: Tensor) -> None:
         self.squared = squared if self.squared is None else self.squared + squared
 
+    @torch.no_grad()
     def finish(self, capture: Capture, parameters: dict[str, Tensor]) -> Tensor:
         """Squared norms ``[B]`` over all parameters."""
         for number, members in self.waiting.items():
@@ -184,6 +185,7 @@ class Bookkeeping:
             total = use.rule.contract(use.value.shape, a, widen(g), self.factors, layout, self.batch_size)
         self._add_sum(use.value, total)
 
+    @torch.no_grad()
     def contract(self, capture: Capture) -> None:
         """Sums at the parameter-only values, from what the first backward pass kept."""
         for index, gradient in self.gradients.items():
@@ -204,6 +206,7 @@ class Bookkeeping:
         held = self.sums.get(id(value))
         self.sums[id(value)] = (value, total if held is None else held[1] + total)
 
+    @torch.no_grad()
     def pull_back(self, capture: Capture, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
         """Clipped sums by name: one vector-Jacobian product for values that are no leaves."""
         grads = pull_back_sums(capture, list(self.sums.values()), parameters)

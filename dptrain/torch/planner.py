@@ -112,7 +112,7 @@ def _is_direct(group: Group, facts: list[UseFacts]) -> bool:
 
 
 def _prescribed(group: Group, facts: list[UseFacts], method: Method) -> Route:
-    if group.narrow:  # sum in float32 what was normed, after it was pulled back
+    if group.one_by_one:  # sum what was normed, after it was pulled back
         return Route("materialise", "reuse")
     gram = has_gram(group, facts)
     if gram and method.norm is Norm.CHEAPER:
@@ -134,7 +134,7 @@ def _fastest(group: Group, facts: list[UseFacts], batch_size: int, machine: Mach
     """By operations and bytes: keep and reuse, or Gram and contract (DESIGN section 3)."""
     if _is_direct(group, facts):
         return Route("direct", "reuse")
-    if group.narrow:
+    if group.one_by_one:
         return Route("materialise", "reuse")
     if group.kind is Kind.GENERAL or not has_gram(group, facts):
         # one pull-back of the clipped sum at the end is cheaper than keeping what was pulled back

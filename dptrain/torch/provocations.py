@@ -151,7 +151,12 @@ def _nothing_carried(understudy: Understudy, layouts: Any, rows: Any, new: Any) 
     after = []
     for first in (rows, new):
         understudy.losses(first, layouts)
-        after.append(understudy.losses(rows, layouts, carry=True))
+        try:
+            after.append(understudy.losses(rows, layouts, carry=True))
+        except Refused:
+            raise
+        except Exception as error:  # the second pass does not go with what the first one left
+            raise Refused(CARRIED) from error
     everyone = torch.ones(len(after[0]), dtype=torch.bool)
     if not same_rows(*after, everyone):
         raise Refused(CARRIED)

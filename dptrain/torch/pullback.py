@@ -47,8 +47,9 @@ class Group:
     kind: Kind
     leaves: tuple[str, ...]
     uses: tuple[int, ...]
-    #: whether a value is narrower than float32: sums must not be pulled back through it
-    narrow: bool = False
+    #: whether examples must be pulled back one by one and then summed, not the other way round: a
+    #: value is narrower than float32, or made by a function whose derivative need not be linear
+    one_by_one: bool = False
     #: for tied uses: whether the value is the transpose of the leaf
     flipped: tuple[bool, ...] = ()
 
@@ -94,7 +95,8 @@ def group_uses(uses: list[Use], names: dict[int, str], parameters: dict[str, Ten
         if kind is Kind.ALONE:
             groups += [Group(kind, leaves[i], (i,)) for i in indices]
         else:
-            groups.append(Group(kind, shared, tuple(indices), in_low_precision(mine), flipped))
+            one_by_one = in_low_precision(mine) or any(map(_by_custom_function, mine))
+            groups.append(Group(kind, shared, tuple(indices), one_by_one, flipped))
     return groups
 
 
@@ -126,6 +128,20 @@ def in_low_precision(uses: list[Use]) -> bool:
     """
     wide = (torch.float32, torch.float64)
     return any(use.value.grad_fn is not None and use.value.dtype not in wide for use in uses)
+
+
+def _by_custom_function(use: Use) -> bool:
+    """Whether a value was made by a ``torch.autograd.Function`` of the model's, which may clamp or round."""
+    stack, seen = [use.value.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return True
+        stack += [parent for parent, _ in node.next_functions]
+    return False
 
 
 def geometry(value: Tensor, leaf: Tensor) -> tuple | None:

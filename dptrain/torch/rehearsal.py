@@ -43,6 +43,7 @@ def _rehearse(stage: Stage, plan: Plan) -> None:
         torch.autograd.grad(losses[b], leaves, retain_graph=True, allow_unused=True)
         for b in range(stage.size)
     ]
+    examples = [[g.to_dense() if g is not None and g.is_sparse else g for g in each] for each in examples]
     norms = torch.stack(
         [sum(widen(g).double().square().sum() for g in each if g is not None) for each in examples]
     ).sqrt()

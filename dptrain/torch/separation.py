@@ -124,7 +124,8 @@ def _record(understudy: Understudy, structure: Structure, rows, kept, known=None
         parts = [_digest(split, rows)]
         if a is not None and fact.layout.fits(a, size):
             parts.append(_digest(fact.layout.split(a, size).reshape(size, -1), rows))
-        record.digests[called[use.index]] = torch.stack(parts, 1)
+        name, digest = called[use.index], torch.stack(parts, 1)
+        record.digests[name] = record.digests[name] + digest if name in record.digests else digest
 
     capture.sink = look
     backward(capture, losses[kept].sum(), understudy.parameters, retain_graph=False)
@@ -202,13 +203,13 @@ def _value_digest(use: Use) -> tuple[float, float]:
 
 
 def _digest(split: Tensor, rows: int) -> Tensor:
-    """Two numbers an example, a projection of the sum of its rows and the norm of all of them:
+    """Two numbers an example, a projection of the sum of its rows and the sum of all squares:
     ``[B, rows * F] -> [B, 2]`` in float64."""
     flat = split.double() if not split.is_floating_point() or split.dtype == torch.float64 else split.float()
-    norm = flat.square().sum(1).sqrt()
+    squares = flat.square().sum(1)
     total = flat.unflatten(1, (rows, -1)).sum(1) if rows > 1 else flat
     direction = torch.cos(torch.arange(total.shape[1], device=flat.device, dtype=flat.dtype) * 1.7)
-    return torch.stack([total @ direction, norm], 1).double()
+    return torch.stack([total @ direction, squares], 1).double()
 
 
 def same_rows(first: Tensor, second: Tensor, rows: Tensor) -> bool:

@@ -154,16 +154,17 @@ def _sizes_and_passes(understudy: Understudy, batch_size: int):
                 ]
             except Refused:
                 raise
-            except Exception:
-                if plain and sizes == (batch_size,):  # an error of the model's own
-                    raise
-    raise AssertionError
+            except Exception as error:
+                failure = error
+    with torch.no_grad():  # an error of the model's own, if it fails without being watched, too
+        understudy.loss_fn(understudy.model, understudy.stand_ins(batch_size, 0))
+    raise Refused(f"the forward pass cannot be followed ({failure}).") from failure
 
 
 def _look(understudy: Understudy, size: int, attempt: int, layouts, ready) -> list[Seen]:
     if ready is None:
         understudy.randomise(attempt)
-        ready = understudy.forward(understudy.stand_ins(size, attempt), size, layouts)
+        ready = understudy.forward(understudy.stand_ins(size, attempt), size, layouts, draw=attempt)
     capture, losses = ready
     found = [Seen(describe(use, capture.names, understudy.parameters)) for use in capture.uses]
     example = 0

@@ -126,13 +126,19 @@ def describe(use: Use, names: dict[int, str], parameters: dict[str, Tensor]) -> 
 
 
 def names(facts: tuple[UseFacts, ...]) -> list[tuple]:
-    """A name for each use that tells the same one in another batch: routed uses come and go."""
+    """A name for each use that tells the same one in another batch.
+
+    Routed uses come and go, and which of several is which cannot be told: they share a name.
+    """
     count: collections.Counter = collections.Counter()
-    called = []
+    called: list[tuple] = []
     for fact in facts:
-        name = (fact.operation, fact.leaves, fact.geometry if fact.routed else None)
-        called.append((*name, count[name]))
-        count[name] += 1
+        name = (fact.operation, fact.leaves)
+        if fact.routed:
+            called.append((*name, fact.geometry))
+        else:
+            called.append((*name, count[name]))
+            count[name] += 1
     return called
 
 

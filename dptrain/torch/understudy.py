@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .capture import Capture, Sink
+from .capture import Capture
 from .errors import Refused
 from .guards import check_losses, parameters_untouched, trainable
 from .stand_ins import StandIns, random_state, randomise, seed
@@ -106,17 +106,17 @@ class Understudy:
         else:
             self.reset(draw)
         before = random_state(self.parameters)
-        losses = self._forward(rows, size, layouts, ignore)[1].detach()
+        losses = self._forward(rows, size, layouts)[1].detach()
         self.random |= random_state(self.parameters) != before
         return losses
 
-    def forward(self, rows: Any, size: int, layouts: Any, sink: Sink = ignore) -> tuple[Capture, Tensor]:
+    def forward(self, rows: Any, size: int, layouts: Any, draw: int = 0) -> tuple[Capture, Tensor]:
         """A captured forward pass; the losses ``[size]``."""
-        self.reset()
-        return self._forward(rows, size, layouts, sink)
+        self.reset(draw)
+        return self._forward(rows, size, layouts)
 
-    def _forward(self, rows: Any, size: int, layouts: Any, sink: Sink) -> tuple[Capture, Tensor]:
-        capture = Capture(self.parameters, size, sink, layouts, self.model.parameters())
+    def _forward(self, rows: Any, size: int, layouts: Any) -> tuple[Capture, Tensor]:
+        capture = Capture(self.parameters, size, ignore, layouts, self.model.parameters())
         batch = tree_map(lambda t: capture.mark_data(t.clone()) if isinstance(t, Tensor) else t, rows)
         with parameters_untouched(self.model), torch.enable_grad(), capture:
             losses = self.loss_fn(self.model, batch)

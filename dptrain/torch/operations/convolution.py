@@ -31,6 +31,10 @@ def convolution(n: int, transposed: bool):
             out = rule(capture, func, input, weight, None, stride, padding, *rest, **kwargs)
             column = capture.mark_data(bias.reshape(-1, *[1] * n))
             return capture(torch.add, capture.mark_data(out), column)
+        if capture.is_data(weight) and capture.is_data(input) and bias is not None:
+            out = func(input, weight, None, stride, padding, *rest, **kwargs)
+            column = capture(torch.reshape, bias, (-1, *[1] * n))
+            return capture(torch.add, capture.mark_data(out), column)
         if capture.is_data(weight) or not capture.is_data(input):
             return generic(capture, func, (input, weight, bias, stride, padding, *rest), kwargs)
         if input.dim() != n + 2:

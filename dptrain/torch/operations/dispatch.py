@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..capture import Capture
+from ..errors import Refused
 from .convolution import convolution
 from .generic import generic
 from .joining import attention, cat, column_stack, prelu
@@ -149,6 +150,11 @@ def parameter_only(capture: Capture, func, args: tuple, kwargs: dict) -> Any:
     and repetitions become expansions.
     """
     name = getattr(func, "__name__", "")
+    if name in ("register_hook", "register_post_accumulate_grad_hook"):
+        raise Refused(
+            "the forward pass hooks the gradient of a value made of parameters, where it would see sums and "
+            "not the gradients of single examples: remove the hook, or use PrivateGradient.map."
+        )
     source = args[0] if args and isinstance(args[0], Tensor) else None
     if name in ("repeat", "tile") and source is not None and capture.is_parameter(source):
         return _repeated(capture, func, args, kwargs)

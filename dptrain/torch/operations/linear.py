@@ -107,7 +107,8 @@ def matmul(capture, func, input, other):
         return capture(torch.mul, input, other).sum(-1)
     if other.shape[:-2].numel() == 1:
         out = linear_map(capture, input, other.reshape(other.shape[-2:]), None, True, "matmul")
-        return out.reshape((1,) * (other.dim() - out.dim()) + tuple(out.shape))
+        missing = other.dim() - max(2, input.dim())  # leading axes of size one
+        return out.reshape((1,) * max(0, missing) + tuple(out.shape))
     if input.dim() == 1:
         return capture(torch.matmul, capture.mark_data(input.unsqueeze(0)), other).squeeze(-2)
     # axes on which the value varies become groups, the others stay with the data
