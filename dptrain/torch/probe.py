@@ -7,6 +7,7 @@ four ordinary steps.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,17 +49,30 @@ def probe(
     """
     with isolated_randomness(batch):
         understudy = Understudy(model, loss_fn, batch, mask, batch_size)
-        structure = find_structure(understudy, batch_size)
-        small = structure.sizes[0]
-        if small > 1:
-            provoke(understudy, structure.layouts, small)
-        size = batch_size if batch_size > 1 else small  # one example has none to mix with
-        structure, findings, still = _examples_apart(understudy, structure, size)
-        if size != batch_size:
-            findings = _findings(understudy, structure, batch_size)
-        rows = understudy.stand_ins(small, 0)
-        stage = Stage(understudy, small, rows, _without(_findings(understudy, structure, small), still))
-        return _without(findings, still), stage
+        try:
+            return _learn(understudy, batch_size)
+        except Refused as refusal:
+            # rounding can send a token elsewhere, and so look like mixing: in float64 it hardly does
+            second = Understudy(model, loss_fn, batch, mask, batch_size)
+            if not second.widen():
+                raise
+            with contextlib.suppress(Exception):
+                return _learn(second, batch_size)
+            raise refusal
+
+
+def _learn(understudy: Understudy, batch_size: int) -> tuple[Findings, Stage]:
+    structure = find_structure(understudy, batch_size)
+    small = structure.sizes[0]
+    if small > 1:
+        provoke(understudy, structure.layouts, small)
+    size = batch_size if batch_size > 1 else small  # one example has none to mix with
+    structure, findings, still = _examples_apart(understudy, structure, size)
+    if size != batch_size:
+        findings = _findings(understudy, structure, batch_size)
+    rows = understudy.stand_ins(small, 0)
+    stage = Stage(understudy, small, rows, _without(_findings(understudy, structure, small), still))
+    return _without(findings, still), stage
 
 
 def _examples_apart(

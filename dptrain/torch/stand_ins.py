@@ -76,6 +76,12 @@ class StandIns:
         self.plain = False
         self._kinds = [self._kind(t) for t in self.leaves]
 
+    def widen(self) -> None:
+        """Floats become float64."""
+        self.leaves = [
+            t.double() if isinstance(t, Tensor) and t.dtype == torch.float32 else t for t in self.leaves
+        ]
+
     def _kind(self, t: Any) -> tuple[Tensor, float, float] | None:
         """Of floats: which columns hold whole numbers only, codes perhaps, and the range of the values."""
         if not isinstance(t, Tensor) or not t.is_floating_point() or not t.numel():

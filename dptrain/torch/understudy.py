@@ -79,6 +79,19 @@ class Understudy:
             for module in self.model.modules()
         ]
 
+    def widen(self) -> bool:
+        """To float64; False if it is no float32 model."""
+        if any(p.dtype != torch.float32 for p in self.parameters.values()):
+            return False
+        self.model.double()
+        self.stand_ins.widen()
+        self._buffers = {n: b.clone() for n, b in self.model.named_buffers()}
+        for _, attributes in self._attributes:
+            for name, value in attributes.items():
+                if isinstance(value, Tensor) and value.dtype == torch.float32:
+                    attributes[name] = value.double()
+        return True
+
     def randomise(self, attempt: int) -> None:
         """A zero-initialised head would hide what comes before it."""
         randomise(self.model, self.original, attempt)
