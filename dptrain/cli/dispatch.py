@@ -12,6 +12,7 @@ from rich.console import Console
 COMMANDS = {
     "train": "Train a model with differential privacy.",
     "evaluate": "Score the model of a finished run.",
+    "check": "Show how a model would be clipped, and whether that is exact.",
     "privacy": "Answer epsilon, noise multiplier or steps from the others.",
 }
 """Each is a module of this package with a function `run(arguments) -> exit code`."""

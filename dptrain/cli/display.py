@@ -99,7 +99,10 @@ def show_plan(console: Console, run: Run, folder: RunFolder) -> None:
     )
     table.add_row("model", escape(f"{config.model}, training {run.trainable}"))
     if run.weights is not None:
-        table.add_row("weights", escape(f"{config.weights}: {run.weights}"))
+        table.add_row("weights", escape(f"{config.weights or config.model}: {run.weights}"))
+    if run.conversion is not None:
+        converted, left = len(run.conversion.converted), len(run.conversion.left_alone)
+        table.add_row("converted", f"{converted} BatchNorm layers to GroupNorm, {left} left alone")
     average = f", weights averaged ({config.weight_average:g})" if config.weight_average else ""
     table.add_row("optimizer", f"{config.optimizer}, lr {config.lr:g} {config.lr_schedule}{average}")
     table.add_row(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .planner import Machine, Plan
 
 Row = dict[str, Any]
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+_NUMBER = re.compile(r"(?<![^. ])\d+(?![^.,])")
 """A whole component of a dotted name: ``layers.3.weight``, but not ``conv3``."""
 
 SHORT = {"materialise": "mat.", "second-backward": "2nd backw."}
