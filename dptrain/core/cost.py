@@ -26,12 +26,20 @@ class UseShape:
         d_in: K, input features of a group.
         d_out: N, output features of a group.
         groups: E.
+        picked: the rows of a table are picked by indices, not multiplied by inputs: N is the
+            number of rows, and enters no operation.
     """
 
     positions: int
     d_in: int
     d_out: int
     groups: int = 1
+    picked: bool = False
+
+    @property
+    def multiplied(self) -> int:
+        """K·N, or K where rows are picked."""
+        return self.d_in * (1 if self.picked else self.d_out)
 
     def __post_init__(self) -> None:
         for name in ("positions", "d_in", "d_out", "groups"):
@@ -62,7 +70,7 @@ def gram(use: UseShape, examples: int = 1, itemsize: int = 4) -> Cost:
     """
     t, e = use.positions, use.groups
     return Cost(
-        flops=examples * e * 2 * t * t * (use.d_in + use.d_out),
+        flops=examples * e * 2 * t * t * (use.d_in + (0 if use.picked else use.d_out)),
         bytes=examples * e * 2 * t * t * itemsize,
     )
 
@@ -71,7 +79,7 @@ def materialise(use: UseShape, examples: int = 1, itemsize: int = 4) -> Cost:
     """aᵀg for each example, kept: 2TKN operations, KN numbers."""
     weight = use.groups * use.d_in * use.d_out
     return Cost(
-        flops=examples * 2 * use.positions * weight,
+        flops=examples * 2 * use.positions * use.groups * use.multiplied,
         bytes=examples * weight * itemsize,
     )
 
@@ -82,7 +90,7 @@ def contract(use: UseShape, examples: int = 1, itemsize: int = 4) -> Cost:
     Its result has the size of the weight, once for all examples.
     """
     weight = use.groups * use.d_in * use.d_out
-    return Cost(flops=examples * 2 * use.positions * weight, bytes=weight * itemsize)
+    return Cost(flops=examples * 2 * use.positions * use.groups * use.multiplied, bytes=weight * itemsize)
 
 
 def reuse(use: UseShape, examples: int = 1, itemsize: int = 4) -> Cost:

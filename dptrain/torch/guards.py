@@ -60,7 +60,8 @@ def check_model(model: nn.Module, parameters: dict[str, Tensor], method: Method)
         ):
             raise Refused(
                 f"{name or 'the model'} is a BatchNorm in training mode, which lets one example move "
-                "another's gradient: convert it to GroupNorm, or freeze it with .eval()."
+                "another's gradient: replace it by GroupNorm with model, report = dptrain.torch.convert("
+                "model) (dptrain train --convert), or freeze it with .eval()."
             )
 
 
@@ -109,8 +110,9 @@ def backward(capture: Capture, target: Tensor, parameters: dict[str, Tensor], re
         if p.grad is not grad or (grad is not None and grad._version != version):
             p.grad = None
             raise Refused(
-                f"{name} received an ordinary gradient in the backward pass, as re-entrant "
-                "checkpointing does: pass use_reentrant=False to torch.utils.checkpoint."
+                f"{name} received an ordinary gradient in the backward pass, as re-entrant checkpointing "
+                "and reversible layers do: pass use_reentrant=False to torch.utils.checkpoint, or use layers "
+                "that leave the backward pass to PyTorch."
             )
 
 

@@ -17,6 +17,7 @@ from dptrain.core.methods import Capture, Method, Norm, Sum
 from . import plan_table
 from .pullback import Group, Kind
 from .trace import Findings, UseFacts
+from .uses.lookup import Lookup
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def make_plan(method: Method, findings: Findings, batch_size: int, device: torch
 
 def shape_of(fact: UseFacts) -> cost.UseShape:
     groups, positions, rows, cols = fact.size
-    return cost.UseShape(positions, cols, rows, groups)
+    return cost.UseShape(positions, cols, rows, groups, picked=isinstance(fact.rule, Lookup))
 
 
 def has_gram(group: Group, facts: list[UseFacts]) -> bool:

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 
 from dptrain.core import cost
 
+from .uses.lookup import Lookup
+
 if TYPE_CHECKING:
     from .planner import Machine, Plan, Route
-    from .probe import UseFacts
+    from .trace import UseFacts
 
 ITEMSIZE = 4
 #: a per-example gradient is written, read for its norm and read for the sum
@@ -39,7 +41,7 @@ def _seconds(fact: UseFacts, route: Route, batch_size: int, machine: Machine) ->
         moved = PASSES_OVER_GRADIENTS * batch_size * math.prod(fact.value) * ITEMSIZE
         return moved / machine.bytes_per_s
     groups, positions, rows, cols = fact.size
-    shape = cost.UseShape(positions, cols, rows, groups)
+    shape = cost.UseShape(positions, cols, rows, groups, picked=isinstance(fact.rule, Lookup))
     if route.norm == "gram":
         norm = cost.gram(shape, batch_size, ITEMSIZE)
         passes = PASSES_OVER_GRAMS

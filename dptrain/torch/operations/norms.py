@@ -27,8 +27,8 @@ def refuse_batch_statistics(func, args: tuple, kwargs: dict) -> None:
     if training:
         raise Refused(
             "BatchNorm in training mode lets one example move another's gradient, so no "
-            "per-example gradient exists: convert it to GroupNorm, or call .eval() on the "
-            "BatchNorm layers to use their running statistics."
+            "per-example gradient exists: replace it by GroupNorm with dptrain.torch.convert(model), or "
+            "call .eval() on the BatchNorm layers to use their running statistics."
         )
 
 
@@ -87,7 +87,7 @@ def instance_norm(capture, func, input, running_mean=None, running_var=None, wei
     if running_mean is not None:
         raise Refused(
             "instance_norm with running statistics mixes examples in its buffers: set "
-            "track_running_stats=False."
+            "track_running_stats=False, or use dptrain.torch.convert(model)."
         )
     y = capture.mark_data(F.instance_norm(raised(input), None, None, None, None, True, momentum, eps))
     return _affine(capture, y, weight, bias, (-1,) + (1,) * (input.dim() - 2))
@@ -98,6 +98,9 @@ def batch_norm(capture, func, input, running_mean, running_var, weight=None, bia
     if func is not F.batch_norm:  # torch.batch_norm orders its arguments otherwise
         running_mean, running_var, weight, bias = weight, bias, running_mean, running_var
     if running_mean is None:
-        raise Refused("BatchNorm without running statistics mixes examples: convert it to GroupNorm.")
+        raise Refused(
+            "BatchNorm without running statistics mixes examples: replace it by GroupNorm with "
+            "dptrain.torch.convert(model)."
+        )
     y = capture.mark_data(F.batch_norm(input, running_mean, running_var, None, None, False, momentum, eps))
     return _affine(capture, y, weight, bias, (-1,) + (1,) * (input.dim() - 2))
