@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from dptrain.data.protocol import Batch, Dataset
+from dptrain.data.protocol import Batch, Dataset, Inputs, blank
 
 
 class Features:
@@ -47,11 +47,14 @@ class Features:
             self.num_classes,
         )
 
+    def stand_in(self, size: int) -> Batch:
+        return blank(size, self.input_shape, self._labels.device)
+
 
 @torch.no_grad()
 def cache_features(
     dataset: Dataset,
-    backbone: Callable[[torch.Tensor], torch.Tensor],
+    backbone: Callable[[Inputs], torch.Tensor],
     batch_size: int = 64,
     on_progress: Callable[[int], None] | None = None,
 ) -> Features:

@@ -13,7 +13,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2 import functional
 
 from dptrain.data.preprocess import Preprocess
-from dptrain.data.protocol import Batch, DataError
+from dptrain.data.protocol import Batch, DataError, blank
 
 DEFAULT_IMAGE_SIZE = 224
 PREFETCH_BATCHES = 4
@@ -84,6 +84,9 @@ class FolderImages:
         samples = [self._decoder.samples[index] for index in indices.tolist()]
         return FolderImages(self.name, samples, self.num_classes, self.preprocess, self.device, self.workers)
 
+    def stand_in(self, size: int) -> Batch:
+        return blank(size, self.input_shape, self.device)
+
     def _finish(self, batch: Batch) -> Batch:
         images, labels = batch
         return self.preprocess(images.to(self.device, non_blocking=True)), labels.to(self.device)
@@ -106,9 +109,13 @@ def decode(path: str, image_size: int) -> torch.Tensor:
             image = functional.pil_to_tensor(file.convert("RGB"))
     except (UnidentifiedImageError, OSError) as error:
         raise DataError(f"{path} is not a readable image ({error}); repair or remove it.") from error
+    return square(image, image_size)
+
+
+def square(image: torch.Tensor, size: int) -> torch.Tensor:
+    """The centre square of an image [C, H, W] uint8, resized: [C, size, size] uint8."""
     side = min(image.shape[-2:])
-    square = functional.center_crop(image, [side, side])
-    return functional.resize(square, [image_size, image_size], antialias=True)
+    return functional.resize(functional.center_crop(image, [side, side]), [size, size], antialias=True)
 
 
 def scan(root: Path) -> tuple[list[str], list[tuple[str, int]], list[tuple[str, int]]]:

@@ -8,8 +8,12 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-Batch = tuple[torch.Tensor, torch.Tensor]
-"""Inputs [B, *input_shape] float32, labels [B] int64, both on the compute device."""
+Inputs = torch.Tensor | dict[str, torch.Tensor]
+"""Images or features [B, *input_shape] float32; or, of texts, tensors [B, *input_shape] int64 by name
+(`input_ids`, `attention_mask`, ...)."""
+
+Batch = tuple[Inputs, torch.Tensor]
+"""Inputs and labels [B] int64, on the compute device."""
 
 
 class DataError(ValueError):
@@ -42,13 +46,25 @@ class Dataset(Protocol):
         """The data set that holds only the examples at `indices` [M] int64."""
         ...
 
+    def stand_in(self, size: int) -> Batch:
+        """A batch of `size` rows like those of `gather`, made without looking at any example."""
+        ...
+
+
+def blank(size: int, input_shape: tuple[int, ...], device: torch.device) -> Batch:
+    """The stand-in of images and features: zeros [size, *input_shape] and labels 0."""
+    return torch.zeros(size, *input_shape, device=device), torch.zeros(size, dtype=torch.int64, device=device)
+
 
 @dataclass(frozen=True)
 class Splits:
-    """Training examples (private) and test examples (never trained on)."""
+    """Training examples (private) and examples to evaluate on (never trained on)."""
 
     train: Dataset
-    test: Dataset
+    test: Dataset | None
+    """None if the data set comes without."""
+    test_name: str = "test"
+    """What the examples to evaluate on are called."""
 
     @property
     def num_classes(self) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from dptrain.data.preprocess import Preprocess
-from dptrain.data.protocol import Batch, DataError
+from dptrain.data.protocol import Batch, DataError, blank
 
 RESIDENT_SHARE = 0.25
 """The part of the free device memory that images may take; the rest belongs to training."""
@@ -67,6 +67,9 @@ class ResidentImages:
             self.preprocess,
             self.device,
         )
+
+    def stand_in(self, size: int) -> Batch:
+        return blank(size, self.input_shape, self.device)
 
 
 def check_labelled(name: str, images: torch.Tensor, labels: torch.Tensor, num_classes: int) -> None:

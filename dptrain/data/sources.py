@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from dptrain.data import cifar, digits, folder, idx
+from dptrain.data.huggingface import PREFIX, Columns, Tokenization, load_huggingface
 from dptrain.data.preprocess import Preprocess
 from dptrain.data.protocol import DataError, Splits
 from dptrain.data.resident import ResidentImages
@@ -30,15 +31,22 @@ def load(
     device: torch.device | str = "cpu",
     download: bool = False,
     workers: int | None = None,
+    columns: Columns | None = None,
+    tokenization: Tokenization | None = None,
 ) -> Splits:
     """Train and test splits of a data set.
 
-    name: one of `NAMES`, or the path of an image folder with train/ and test/ (or val/).
+    name: one of `NAMES`; the path of an image folder with train/ and test/ (or val/); or `hf:...`,
+    for which `columns` and `tokenization` are.
     data_dir: where archives lie (default: `default_data_dir()`); download: fetch what is missing.
     Raises DataError, with one sentence, for what is missing, truncated or wrong.
     """
     preprocess = preprocess or Preprocess()
     root = Path(data_dir) if data_dir is not None else default_data_dir()
+    if name.startswith(PREFIX):
+        return load_huggingface(
+            name, root, columns or Columns(), tokenization or Tokenization(), preprocess, device
+        )
     if name == "digits":
         return _resident(
             name,
@@ -53,8 +61,8 @@ def load(
     path = next((candidate for candidate in (Path(name), root / name) if candidate.is_dir()), None)
     if path is None:
         raise DataError(
-            f"There is no data set or image folder {name!r}; use one of {', '.join(NAMES)}, or a "
-            "folder's path."
+            f"There is no data set or image folder {name!r}; use one of {', '.join(NAMES)}, a "
+            "folder's path, or hf: and a name on the Hugging Face hub or a path."
         )
     classes, train, test = folder.scan(path)
     preprocess = replace(preprocess, image_size=preprocess.image_size or folder.DEFAULT_IMAGE_SIZE)

@@ -2,25 +2,32 @@
 
 from dptrain.models.build import build, build_with_report
 from dptrain.models.errors import ModelError
+from dptrain.models.forward import Inputs, logits
 from dptrain.models.head import head_name
+from dptrain.models.lora import add_lora
 from dptrain.models.names import PAPER_MODELS, timm_name
 from dptrain.models.preferences import Preferences, preferences
 from dptrain.models.small import SMALL
 from dptrain.models.split_head import split_head
 from dptrain.models.trainable import Trainable, select_trainable
+from dptrain.models.transformers_classifier import Text
 from dptrain.models.weights import WeightReport, load_weights
 
 __all__ = [
     "PAPER_MODELS",
     "SMALL",
+    "Inputs",
     "ModelError",
     "Preferences",
+    "Text",
     "Trainable",
     "WeightReport",
+    "add_lora",
     "build",
     "build_with_report",
     "head_name",
     "load_weights",
+    "logits",
     "preferences",
     "select_trainable",
     "split_head",

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from dptrain.models.errors import ModelError
+from dptrain.models.forward import Inputs, logits
 from dptrain.models.names import PAPER_MODELS, timm_name
 from dptrain.models.small import SMALL
+from dptrain.models.transformers_classifier import Text, build_huggingface, is_huggingface
 from dptrain.models.weights import WeightReport, load_weights
 
 InputShape = tuple[int, ...]
@@ -24,15 +26,18 @@ def build(
     input_shape: InputShape,
     pretrained: bool = False,
     weights: Path | str | None = None,
+    text: Text | None = None,
 ) -> nn.Module:
     """A float32 model that maps inputs [B, *input_shape] to logits [B, num_classes].
 
-    name: a small network (`SMALL`), a model of the paper (`PAPER_MODELS`), any timm name, or
-    `package.module:factory`, called as factory(num_classes, input_shape).
-    pretrained: load timm's weights from its hub; weights: load a safetensors file. Either way a
-    head of another size is replaced by a fresh one of zeros. Raises ModelError.
+    name: a small network (`SMALL`), a model of the paper (`PAPER_MODELS`), any timm name,
+    `hf:NAME_OR_PATH` (transformers), or `package.module:factory`, called as
+    factory(num_classes, input_shape).
+    pretrained: load the weights of that name from the hub; weights: load a safetensors file. Either
+    way a head of another size is replaced by a fresh one. Raises ModelError.
+    text: what the model is to read if not a tensor.
     """
-    return build_with_report(name, num_classes, input_shape, pretrained, weights)[0]
+    return build_with_report(name, num_classes, input_shape, pretrained, weights, text)[0]
 
 
 def build_with_report(
@@ -41,11 +46,15 @@ def build_with_report(
     input_shape: InputShape,
     pretrained: bool = False,
     weights: Path | str | None = None,
+    text: Text | None = None,
 ) -> tuple[nn.Module, WeightReport | None]:
-    """`build`, and what became of each tensor when `weights` was given."""
+    """`build`, and what became of each tensor when weights were loaded and it is known."""
     if pretrained and weights is not None:
         raise ModelError("Give either --pretrained or --weights, not both.")
-    if name in SMALL or ":" in name:
+    report = None
+    if is_huggingface(name):
+        model, report = build_huggingface(name, num_classes, input_shape, pretrained, text)
+    elif name in SMALL or ":" in name:
         if pretrained:
             raise ModelError(
                 f"{name} has no published weights; drop --pretrained, or load a file with --weights."
@@ -57,8 +66,9 @@ def build_with_report(
         )
     else:
         model = _from_timm(name, num_classes, input_shape, pretrained)
-    _check_output(name, model, num_classes, input_shape)
-    return model, None if weights is None else load_weights(model, weights)
+    example = torch.zeros(1, *input_shape) if text is None else text.example
+    _check_output(name, model, num_classes, example)
+    return model, report if weights is None else load_weights(model, weights)
 
 
 def _from_timm(name: str, num_classes: int, input_shape: InputShape, pretrained: bool) -> nn.Module:
@@ -93,15 +103,20 @@ def _from_timm(name: str, num_classes: int, input_shape: InputShape, pretrained:
 
 
 @torch.no_grad()
-def _check_output(name: str, model: nn.Module, num_classes: int, input_shape: InputShape) -> None:
+def _check_output(name: str, model: nn.Module, num_classes: int, example: Inputs) -> None:
     """Refuse a model that cannot read such inputs, before anything is spent on it."""
     was_training = model.training
     try:
-        shape = list(model.eval()(torch.zeros(1, *input_shape)).shape)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        shape = list(logits(model.eval(), example).shape)
+    except (RuntimeError, AssertionError, TypeError, ValueError, IndexError, AttributeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        if isinstance(example, dict):
+            raise ModelError(
+                f"{name} cannot read tokenised text ({', '.join(example)}): {reason}; try a smaller "
+                "--max-length, or a --model that reads text."
+            ) from error
         raise ModelError(
-            f"{name} cannot read inputs {list(input_shape)}: {reason}; try another --image-size."
+            f"{name} cannot read inputs {list(example.shape[1:])}: {reason}; try another --image-size."
         ) from error
     finally:
         model.train(was_training)

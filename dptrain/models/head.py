@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
 from dptrain.models.errors import ModelError
@@ -33,7 +35,14 @@ def head_name(model: nn.Module) -> str:
     return linear[-1]
 
 
-def head_prefix(model: nn.Module) -> str:
-    """What the names of the head's parameters begin with."""
-    name = head_name(model)
-    return f"{name}." if name else ""
+def in_head(model: nn.Module) -> Callable[[str], bool]:
+    """A function that tells whether a parameter or buffer, by its name, belongs to the head.
+
+    In a model of transformers that is all but the base model: often there are several layers.
+    """
+    base = getattr(model, "base_model_prefix", "")
+    if base and isinstance(getattr(model, base, None), nn.Module):
+        return lambda name: not name.startswith(f"{base}.")
+    head = head_name(model)
+    prefix = f"{head}." if head else ""
+    return lambda name: name.startswith(prefix)

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from dptrain.models.errors import ModelError
+from dptrain.models.forward import Inputs, logits
 from dptrain.models.head import head_name
 
-Backbone = Callable[[torch.Tensor], torch.Tensor]
+Backbone = Callable[[Inputs], torch.Tensor]
 
 
 def split_head(model: nn.Module) -> tuple[Backbone, nn.Module]:
@@ -28,12 +29,12 @@ def split_head(model: nn.Module) -> tuple[Backbone, nn.Module]:
     # BiT-ResNets write the head as a 1 x 1 convolution and flatten its output.
     head = nn.Sequential(layer, nn.Flatten()) if isinstance(layer, nn.Conv2d) else layer
 
-    def backbone(inputs: torch.Tensor) -> torch.Tensor:
+    def backbone(inputs: Inputs) -> torch.Tensor:
         model.eval()
         seen: list[torch.Tensor] = []
         hook = layer.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
         try:
-            model(inputs)
+            logits(model, inputs)
         finally:
             hook.remove()
         if len(seen) != 1:

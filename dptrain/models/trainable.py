@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from dptrain.models.errors import ModelError
-from dptrain.models.head import head_prefix
+from dptrain.models.head import in_head
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,9 @@ def select_trainable(model: nn.Module, which: str = "all") -> Trainable:
     """Set `requires_grad` on the chosen parameters and clear it on all others.
 
     which: `all`; `head`; `bias` (every bias, and the head: BitFit); `norm` (the affine parameters
-    of normalisation layers, and the head: FiLM); anything else is a regular expression searched
-    for in parameter names. Raises ModelError if nothing matches.
+    of normalisation layers, and the head: FiLM); `lora` (what `add_lora` has added, and the head);
+    anything else is a regular expression searched for in parameter names. Raises ModelError if
+    nothing matches.
     """
     everything = dict(model.named_parameters())
     chosen = {name for name in everything if _matches(model, which, name)}
@@ -48,10 +49,12 @@ def select_trainable(model: nn.Module, which: str = "all") -> Trainable:
 def _matches(model: nn.Module, which: str, name: str) -> bool:
     if which == "all":
         return True
-    if which in ("head", "bias", "norm"):
-        if name.startswith(head_prefix(model)):
+    if which in ("head", "bias", "norm", "lora"):
+        if in_head(model)(name):
             return True
         owner, _, leaf = name.rpartition(".")
+        if which == "lora":
+            return "lora_" in owner
         if which == "bias":
             return leaf == "bias" or leaf.endswith("_bias")
         return which == "norm" and "Norm" in type(model.get_submodule(owner)).__name__
@@ -59,5 +62,6 @@ def _matches(model: nn.Module, which: str, name: str) -> bool:
         return re.search(which, name) is not None
     except re.error as error:
         raise ModelError(
-            f"--trainable {which!r} is neither all, head, bias, norm nor a regular expression ({error})."
+            f"--trainable {which!r} is neither all, head, bias, norm, lora nor a regular expression "
+            f"({error})."
         ) from error

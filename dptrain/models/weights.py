@@ -13,7 +13,7 @@ from timm.models import adapt_input_conv
 from torch import nn
 
 from dptrain.models.errors import ModelError
-from dptrain.models.head import head_prefix
+from dptrain.models.head import in_head
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class WeightReport:
     adapted: tuple[str, ...]
     """Resampled or reshaped to the model: position tables, patch kernels, the stem's channels."""
     reset: tuple[str, ...]
-    """Of the head, absent from the file or of another size: set to zero."""
+    """Of the head, absent from the file or of another size: made afresh."""
     unused: tuple[str, ...]
     """In the file, not in the model."""
 
@@ -53,7 +53,7 @@ def load_weights(model: nn.Module, path: Path | str) -> WeightReport:
         name: value.float() if value.is_floating_point() else value for name, value in _read(path).items()
     }
     own = model.state_dict()
-    prefix = head_prefix(model)
+    is_head = in_head(model)
     fitted = _adapt(model, stored)
 
     matched, adapted, reset, wrong = [], [], [], []
@@ -65,7 +65,7 @@ def load_weights(model: nn.Module, path: Path | str) -> WeightReport:
                 name in stored and stored[name].shape == value.shape and torch.equal(stored[name], value)
             )
             (matched if untouched else adapted).append(name)
-        elif name.startswith(prefix):
+        elif is_head(name):
             target.zero_()
             reset.append(name)
         else:

@@ -4,23 +4,30 @@
     gradient = privatize(clipped(batch), mechanism, key)      # -> PrivateGradient
     apply(optimizer, model, gradient)
 
-``make_private`` does all three over a data set.
+``make_private`` does all three over a data set. ``convert`` replaces layers that mix examples;
+``check`` says what would be done with a model and whether it is exact.
 """
 
+from .check import CheckReport, check
 from .clipped_sum import ClippedSum
 from .clipping import ClippedGrad, clipped_grad
+from .convert import ConversionReport, convert
 from .errors import Refused
 from .private import PrivateTraining, make_private
 from .release import PrivateGradient, apply, privatize
 
 __all__ = [
+    "CheckReport",
     "ClippedGrad",
     "ClippedSum",
+    "ConversionReport",
     "PrivateGradient",
     "PrivateTraining",
     "Refused",
     "apply",
+    "check",
     "clipped_grad",
+    "convert",
     "make_private",
     "privatize",
 ]

@@ -37,7 +37,8 @@ class TrainConfig:
 
     # Data
     data: str = "digits"
-    """digits, mnist, fashion-mnist, cifar10, cifar100, or an image folder with train/ and test/."""
+    """digits, mnist, fashion-mnist, cifar10, cifar100, an image folder with train/ and test/, or
+    hf:NAME[:CONFIGURATION] or hf:PATH: texts or images that the library datasets reads."""
     data_dir: Path | None = None
     """Where data sets lie; by default the environment variable DPTRAIN_DATA, else ./data."""
     download: bool = False
@@ -50,16 +51,32 @@ class TrainConfig:
     """Processes that decode an image folder ahead; by default one per core, up to 8."""
     validation_fraction: float = 0.0
     """Part of the training set to hold out and evaluate on, in place of the test set."""
+    text_column: str | None = None
+    """Of hf: data, the column of texts, or two for pairs (A,B); by default the only one there is."""
+    label_column: str | None = None
+    """Of hf: data, the column of labels; by default the only one with classes, or label."""
+    tokenizer: str | None = None
+    """A tokenizer on the hub or in a folder; by default the model's own."""
+    max_length: int | None = None
+    """Tokens per text; longer ones are cut, shorter ones padded. By default 128 if the model can."""
 
     # Model
     model: str = "convnet"
-    """A small network, vit-tiny to -huge, bit-50x1 to -152x4, a timm name, or package:factory."""
+    """A small network, vit-tiny to -huge, bit-50x1 to -152x4, a timm name, hf:NAME or hf:PATH (a
+    classifier of transformers), or package:factory."""
     pretrained: bool = False
-    """Load timm's pre-trained weights from its hub."""
+    """Load the pre-trained weights of a timm or hf: model from its hub or folder."""
     weights: Path | None = None
     """Load weights from this safetensors file."""
     trainable: str = "all"
-    """all; head; bias (biases, head); norm (normalisation, head); or a regular expression."""
+    """all; head; bias (biases, head); norm (normalisation, head); lora (low-rank adapters on the
+    linear layers of all blocks, head); or a regular expression."""
+    lora_rank: int = 8
+    """With --trainable lora: rank of the adapters."""
+    lora_alpha: float = 16.0
+    """With --trainable lora: the adapters are scaled by this over their rank."""
+    convert: bool = False
+    """Replace BatchNorm, which mixes examples, by GroupNorm; running statistics are lost."""
     cache_features: bool = False
     """With --trainable head: run the frozen backbone once per example, train on its features."""
 
@@ -187,6 +204,9 @@ def _check(config: TrainConfig) -> None:
         "steps",
         "lr",
         "image_size",
+        "max_length",
+        "lora_rank",
+        "lora_alpha",
         "evaluations",
     )
     for name in positive:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from dptrain.data import Dataset, in_order
+from dptrain.models import logits
 from dptrain.training.device import autocast
 
 BATCH_SIZE = 256
@@ -31,9 +32,9 @@ def evaluate(model: nn.Module, dataset: Dataset, precision: str, device: torch.d
     correct, loss = 0, 0.0
     for inputs, labels in dataset.stream(in_order(len(dataset), BATCH_SIZE)):
         with autocast(precision, device):
-            logits = model(inputs)
-        logits = logits.float()
-        correct += int((logits.argmax(1) == labels).sum())
-        loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
+            outputs = logits(model, inputs)
+        outputs = outputs.float()
+        correct += int((outputs.argmax(1) == labels).sum())
+        loss += float(functional.cross_entropy(outputs, labels, reduction="sum"))
     model.train(was_training)
     return Score(correct / len(dataset), loss / len(dataset), len(dataset))

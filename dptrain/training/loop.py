@@ -14,6 +14,7 @@ from dptrain import torch as dpt
 from dptrain.core.sampling import LogicalSampler, PhysicalBatch, physical_batches
 from dptrain.core.spec import StepSpec
 from dptrain.data import Batch
+from dptrain.models import logits
 from dptrain.training.device import autocast
 from dptrain.training.prepare import Run
 
@@ -39,14 +40,14 @@ class Step:
 
 
 def make_loss(run: Run) -> LossFunction:
-    """Cross-entropy per example: (model, (inputs [B, ...], labels [B])) -> losses [B] float32."""
+    """Cross-entropy per example: (model, (inputs, labels [B])) -> losses [B] float32."""
     precision, device = run.config.precision, run.device
 
     def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
         inputs, labels = batch
         with autocast(precision, device):
-            logits = model(inputs)
-        return functional.cross_entropy(logits.float(), labels, reduction="none")
+            outputs = logits(model, inputs)
+        return functional.cross_entropy(outputs.float(), labels, reduction="none")
 
     return loss
 

@@ -8,22 +8,33 @@ from typing import Any
 import torch
 from torch import nn
 
+from dptrain import torch as dpt
 from dptrain.core import methods
 from dptrain.core.budget import steps_in
 from dptrain.core.entropy import Key
 from dptrain.core.mechanism import Mechanism
-from dptrain.data import Dataset, Preprocess, Splits, cache_features, load, stratified
+from dptrain.data import (
+    Columns,
+    DataError,
+    Dataset,
+    Preprocess,
+    Splits,
+    Tokenization,
+    cache_features,
+    load,
+    stratified,
+)
 from dptrain.models import (
     Preferences,
     Trainable,
     WeightReport,
-    build_with_report,
     preferences,
     select_trainable,
     split_head,
 )
 from dptrain.training.config import ConfigError, TrainConfig
 from dptrain.training.device import check_precision, resolve_device
+from dptrain.training.make_model import Made, make_model
 
 VALIDATION_SEED = 1
 """The split of --validation-fraction is public and the same in every run."""
@@ -52,6 +63,7 @@ class Run:
     """The part that reads `train` and is trained: the model, or its head if features are cached."""
     trainable: Trainable
     weights: WeightReport | None
+    conversion: dpt.ConversionReport | None
     mechanism: Mechanism
     method: str
     device: torch.device
@@ -79,32 +91,34 @@ def prepare(config: TrainConfig) -> Run:
     splits = load_splits(config, wanted, device)
     mechanism = make_mechanism(config, len(splits.train), private=method.is_private)
 
-    model, report = _initialised(config, splits, key)
-    model.to(device)
+    made = _initialised(config, splits, key)
+    model = made.model.to(device)
     trainable = select_trainable(model, config.trainable)
     learner = model
     if config.cache_features:
         backbone, learner = split_head(model)
-        splits = Splits(cache_features(splits.train, backbone), cache_features(splits.test, backbone))
+        train, test = (cache_features(part, backbone) for part in (splits.train, splits.test))
+        splits = replace(splits, train=train, test=test)
+        if list(learner(splits.train.stand_in(1)[0]).shape) != [1, splits.num_classes]:
+            raise ConfigError(
+                f"--cache-features needs a head that reads one vector per example; that of {config.model} "
+                "reads more: leave it out."
+            )
     return Run(
         config=replace(config, method=method.name),
         train=splits.train,
         held_out=splits.test,
-        held_out_name=held_out_name(config),
+        held_out_name=splits.test_name,
         model=model,
         learner=learner,
         trainable=trainable,
-        weights=report,
+        weights=made.weights,
+        conversion=made.conversion,
         mechanism=mechanism,
         method=method.name,
         device=device,
         key=key,
     )
-
-
-def held_out_name(config: TrainConfig) -> str:
-    """What the examples that are evaluated on are called."""
-    return "validation" if config.validation_fraction else "test"
 
 
 def load_splits(config: TrainConfig, wanted: Preferences, device: torch.device) -> Splits:
@@ -113,11 +127,25 @@ def load_splits(config: TrainConfig, wanted: Preferences, device: torch.device) 
         (wanted.mean, wanted.std) if config.normalization == "auto" else NORMALIZATIONS[config.normalization]
     )
     preprocess = Preprocess(config.image_size or wanted.image_size, mean, std, wanted.interpolation)
-    splits = load(config.data, config.data_dir, preprocess, device, config.download, config.workers)
-    if not config.validation_fraction:
-        return splits
-    rest, held_out = stratified(splits.train.labels, config.validation_fraction, VALIDATION_SEED)
-    return Splits(splits.train.subset(rest), splits.train.subset(held_out))
+    splits = load(
+        config.data,
+        config.data_dir,
+        preprocess,
+        device,
+        config.download,
+        config.workers,
+        Columns(config.text_column, config.label_column),
+        Tokenization(config.tokenizer or wanted.tokenizer, config.max_length, wanted.max_length),
+    )
+    if config.validation_fraction:
+        rest, held_out = stratified(splits.train.labels, config.validation_fraction, VALIDATION_SEED)
+        return Splits(splits.train.subset(rest), splits.train.subset(held_out), "validation")
+    if splits.test is None:
+        raise DataError(
+            f"{config.data} has no examples with labels to evaluate on; hold a part of the training set "
+            "out with --validation-fraction 0.1."
+        )
+    return splits
 
 
 def make_mechanism(config: TrainConfig, dataset_size: int, private: bool) -> Mechanism:
@@ -145,10 +173,8 @@ def make_mechanism(config: TrainConfig, dataset_size: int, private: bool) -> Mec
     return Mechanism.calibrate(epsilon=config.epsilon, accountant=config.accountant, **constants)
 
 
-def _initialised(config: TrainConfig, splits: Splits, key: Key) -> tuple[nn.Module, WeightReport | None]:
+def _initialised(config: TrainConfig, splits: Splits, key: Key) -> Made:
     """The model, initialised from the run's key; global random state is left as found."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key.child("initialisation").seed64())
-        return build_with_report(
-            config.model, splits.num_classes, splits.input_shape, config.pretrained, config.weights
-        )
+        return make_model(config, splits)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from dptrain.models import build, preferences
+from dptrain.models import preferences
 from dptrain.training.device import matmul_precision, resolve_device
 from dptrain.training.evaluation import Score, evaluate
-from dptrain.training.prepare import held_out_name, load_splits
+from dptrain.training.make_model import make_model
+from dptrain.training.prepare import load_splits
 from dptrain.training.run_folder import RunFolder
 
 
@@ -22,7 +23,9 @@ def rescore(
         config = replace(config, data_dir=data_dir)
     device = resolve_device(device_name)
     splits = load_splits(config, preferences(config.model), device)
-    model = build(config.model, splits.num_classes, splits.input_shape, weights=folder.weights).to(device)
+    # The weights that the run began with are not needed again.
+    model = make_model(replace(config, pretrained=False, weights=None), splits).model
+    folder.load_model(model)
     with matmul_precision(config.precision):
-        score = evaluate(model, splits.test, config.precision, device)
-    return folder, held_out_name(config), score
+        score = evaluate(model.to(device), splits.test, config.precision, device)
+    return folder, splits.test_name, score

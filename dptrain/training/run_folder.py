@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dptrain.training.config import ConfigError, TrainConfig, read_config
@@ -83,6 +85,17 @@ class RunFolder:
         }
         save_file(state, self.weights)
 
+    def load_model(self, model: nn.Module) -> None:
+        """Read what `save_model` wrote into a model of the same making, in place."""
+        try:
+            model.load_state_dict(load_file(self.weights))
+        except (SafetensorError, RuntimeError) as error:
+            raise ConfigError(
+                f"{self.weights} does not fit the model that the run's configuration describes "
+                f"({str(error).strip().splitlines()[0].rstrip('.')}); use the version of the libraries "
+                "that made it."
+            ) from error
+
     def save_summary(self, summary: dict[str, Any], name: str = SUMMARY) -> None:
         self._write(name, summary)
 
@@ -92,8 +105,8 @@ class RunFolder:
 
 
 def _default_name(config: TrainConfig) -> str:
-    model = config.model.replace(":", ".")
-    return f"{Path(config.data).name}-{model}-{time.strftime('%Y%m%d-%H%M%S')}"
+    data, model = (re.sub(r"[^\w.-]+", ".", Path(name).name) for name in (config.data, config.model))
+    return f"{data}-{model}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def _finite(value: Any) -> Any:

@@ -114,9 +114,7 @@ class _Session:
         run = self.run
 
         def on_stand_ins(size: int) -> None:
-            inputs = torch.zeros(size, *run.train.input_shape, device=run.device)
-            labels = torch.zeros(size, dtype=torch.int64, device=run.device)
-            clipped((inputs, labels), torch.ones(size, dtype=torch.bool, device=run.device))
+            clipped(run.train.stand_in(size), torch.ones(size, dtype=torch.bool, device=run.device))
 
         given = run.config.physical_batch_size
         if given != "auto":
