@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 
 from dptrain.core.methods import Capture, Method
 
-from .bookkeeping import clip_factors
+from .bookkeeping import clip_factors, full_precision
 from .errors import Refused
 from .guards import check_losses
 from .uses.base import weighted_sum, widen
@@ -78,6 +78,11 @@ def vectorised(model, loss_fn, parameters, batch, mask, batch_size, clip_norm) -
         raise Refused(
             f"per-example-vmap cannot transform this model ({error}): use method='auto'."
         ) from error
+    with full_precision(losses):
+        return _clipped(parameters, grads, losses, mask, batch_size, clip_norm)
+
+
+def _clipped(parameters, grads, losses, mask, batch_size, clip_norm) -> Result:
     squared = sum(widen(g).reshape(batch_size, -1).square().sum(1) for g in grads.values())
     included = squared.isfinite() & losses.isfinite()
     if mask is not None:

@@ -59,6 +59,20 @@ def clip_batch(
         Refused: the model does other than what the probe saw.
     """
     capture, losses = _forward(task, plan, parameters, batch, batch_size)
+    with torch.autocast(losses.device.type, enabled=False):  # what comes now is not the model's
+        return _clipped_sum(task, plan, capture, losses, parameters, mask, batch_size)
+
+
+def _clipped_sum(
+    task: Task,
+    plan: Plan,
+    capture: Capture,
+    losses: Tensor,
+    parameters: dict[str, Tensor],
+    mask: Tensor | None,
+    batch_size: int,
+) -> ClippedSum:
+    """Backward passes, norms, clip factors and the sum."""
     plan = _settled(plan, capture, losses, mask, parameters, batch_size)
     books = Bookkeeping(plan, batch_size)
     capture.sink = books.norms

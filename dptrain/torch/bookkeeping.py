@@ -31,22 +31,34 @@ BLOCK = 1024
 
 @contextlib.contextmanager
 def full_precision(tensor: Tensor) -> Iterator[None]:
-    """Norms and clipped sums are formed without TF32 (rule 7), whatever the model computes in."""
-    if not tensor.is_cuda:
-        yield
-        return
-    before, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with cudnn.flags(
-            enabled=cudnn.enabled,
-            benchmark=cudnn.benchmark,
-            deterministic=cudnn.deterministic,
-            allow_tf32=False,
-        ):
+    """Norms and clipped sums are formed without autocast and TF32 (rule 7)."""
+    with torch.autocast(tensor.device.type, enabled=False):
+        if not tensor.is_cuda:
             yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+            return
+        before, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn
+        torch.set_float32_matmul_precision("highest")
+        try:
+            with cudnn.flags(
+                enabled=cudnn.enabled,
+                benchmark=cudnn.benchmark,
+                deterministic=cudnn.deterministic,
+                allow_tf32=False,
+            ):
+                yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
+def in_full_precision(method):
+    """For methods that take a capture: without autocast, TF32 and autograd."""
+
+    @functools.wraps(method)
+    def wrapped(self, capture: Capture, *args):
+        with torch.no_grad(), full_precision(capture.anchor):
+            return method(self, capture, *args)
+
+    return wrapped
 
 
 def clip_factors(squared: Tensor, clip_norm: float) -> Tensor:
@@ -138,7 +150,7 @@ class Bookkeeping:
     def _add(self, squared: Tensor) -> None:
         self.squared = squared if self.squared is None else self.squared + squared
 
-    @torch.no_grad()
+    @in_full_precision
     def finish(self, capture: Capture, parameters: dict[str, Tensor]) -> Tensor:
         """Squared norms ``[B]`` over all parameters."""
         for number, members in self.waiting.items():
@@ -185,7 +197,7 @@ class Bookkeeping:
             total = use.rule.contract(use.value.shape, a, widen(g), self.factors, layout, self.batch_size)
         self._add_sum(use.value, total)
 
-    @torch.no_grad()
+    @in_full_precision
     def contract(self, capture: Capture) -> None:
         """Sums at the parameter-only values, from what the first backward pass kept."""
         for index, gradient in self.gradients.items():
@@ -206,7 +218,7 @@ class Bookkeeping:
         held = self.sums.get(id(value))
         self.sums[id(value)] = (value, total if held is None else held[1] + total)
 
-    @torch.no_grad()
+    @in_full_precision
     def pull_back(self, capture: Capture, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
         """Clipped sums by name: one vector-Jacobian product for values that are no leaves."""
         grads = pull_back_sums(capture, list(self.sums.values()), parameters)

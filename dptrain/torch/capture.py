@@ -98,6 +98,8 @@ class Capture(TorchFunctionMode):
         self._data = object()
         self._parameter = object()
         self._replay: list[Use] | None = None
+        #: whether the model hooks the gradient of an activation
+        self.hooked = False
         #: whether something intercepted saved tensors, as activation checkpointing does
         self.checkpointed = False
 
@@ -220,6 +222,7 @@ class Capture(TorchFunctionMode):
             operations.refuse_batch_statistics(func, args, kwargs)
         out = func(*args, **kwargs)
         if data:
+            self.hooked |= getattr(func, "__name__", "") == "register_hook"
             if isinstance(out, Iterator):  # ``for row in tensor``
                 return iter(self.mark_data(list(out)))
             self._mark_results(func, args, kwargs, out)

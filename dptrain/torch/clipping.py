@@ -5,7 +5,6 @@ Probe, plan and rehearse once per input signature, then clip each batch (``batch
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,7 @@ from dptrain.core.methods import Method
 from . import baselines
 from .batch import clip_batch, replace_rows
 from .clipped_sum import ClippedSum
-from .errors import Misfit, Refused, Unforeseen
+from .errors import Changed, Misfit, Refused, Unforeseen
 from .guards import check_batch, check_model, listed, trainable
 from .planner import Plan, make_plan
 from .probe import probe
@@ -116,8 +115,13 @@ class ClippedGrad:
             try:
                 return clip_batch(self, plan, parameters, batch, mask, batch_size)
             except Misfit as misfit:  # the data decide what this use sees, and by chance it did not show
-                findings = plan.findings.rerouted(misfit.pattern)
-                self.plans[key] = dataclasses.replace(plan, findings=findings)
+                self.plans[key] = plan.rerouted(misfit.pattern)
+            except Changed as refusal:  # experts or heads to which no stand-in was sent: look again
+                again = None if probed_again else self._probe(parameters, batch, mask, batch_size)
+                if again is None or not again.findings.routed:  # a branch is no matter of routing
+                    raise refusal
+                probed_again = True
+                self.plans[key] = again.with_patterns(plan.findings.patterns)
             except Unforeseen:  # these examples move what no stand-in did: probe with them
                 if probed_again:
                     raise
@@ -135,13 +139,17 @@ class ClippedGrad:
         check_model(self.model, parameters, self.method)
         key = signature(self.model, parameters, batch)
         if key not in self.plans:
-            device = next(iter(parameters.values())).device
-            findings, stage = probe(self.model, self.loss_fn, batch, mask, batch_size)
-            self._check_coverage(findings, parameters)
-            plan = make_plan(self.method, findings, batch_size, device)
-            rehearse(stage, make_plan(self.method, stage.findings, stage.size, device))
-            self.plans[key] = plan
+            self.plans[key] = self._probe(parameters, batch, mask, batch_size)
         return self.plans[key]
+
+    def _probe(self, parameters: dict[str, Tensor], batch: Any, mask: Tensor | None, batch_size: int) -> Plan:
+        """Probe, plan, rehearse."""
+        device = next(iter(parameters.values())).device
+        findings, stage = probe(self.model, self.loss_fn, batch, mask, batch_size)
+        self._check_coverage(findings, parameters)
+        plan = make_plan(self.method, findings, batch_size, device)
+        rehearse(stage, make_plan(self.method, stage.findings, stage.size, device))
+        return plan
 
     def _check_coverage(self, findings: Findings, parameters: dict[str, Tensor]) -> None:
         missing = [name for name in parameters if name not in findings.covered]

@@ -17,6 +17,10 @@ class Unforeseen(Refused):
     """A gradient came where the probe saw none but zeros."""
 
 
+class Changed(Refused):
+    """A step does other than what the probe saw."""
+
+
 class Misfit(Refused):
     """The examples of a use are not where the probe had them; ``pattern`` tells its like."""
 

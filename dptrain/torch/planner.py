@@ -6,6 +6,7 @@ deterministic and printable.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +68,15 @@ class Plan:
     @property
     def second_backward(self) -> bool:
         return any(route.sum == "second-backward" for route in self.routes)
+
+    def rerouted(self, pattern: tuple) -> Plan:
+        """With uses of this pattern routed; routes of routed uses are chosen anew for each batch."""
+        return dataclasses.replace(self, findings=self.findings.rerouted(pattern))
+
+    def with_patterns(self, patterns: frozenset) -> Plan:
+        """With further patterns of routed uses, seen before."""
+        findings = dataclasses.replace(self.findings, patterns=self.findings.patterns | patterns)
+        return dataclasses.replace(self, findings=findings)
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per use: what ``dptrain check --all`` shows."""

@@ -23,7 +23,7 @@ from .trace import UseFacts
 from .uses.base import Size, widen
 
 #: what atomic additions on a GPU may cost; two examples in one row are off by far more
-TOLERANCE = 1e-3
+TOLERANCE = 1e-5
 
 
 def settle(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from . import routing
-from .capture import Use
+from .capture import Capture, Use
 from .errors import WRITTEN, Misfit, Refused
 from .guards import backward, listed
 from .layout import Routed
@@ -128,9 +128,33 @@ def _record(understudy: Understudy, structure: Structure, rows, kept, known=None
         record.digests[name] = record.digests[name] + digest if name in record.digests else digest
 
     capture.sink = look
-    backward(capture, losses[kept].sum(), understudy.parameters, retain_graph=False)
+    backward(capture, losses[kept].sum(), understudy.parameters, retain_graph=capture.hooked)
+    if capture.hooked:
+        _loud_gradients(capture, losses, kept, facts, understudy)
     record.buffers = understudy.buffers()
     return record
+
+
+def _loud_gradients(capture: Capture, losses: Tensor, kept: Tensor, facts, understudy: Understudy) -> None:
+    """A hook may clip the gradient of the whole batch: others' must not matter, however large."""
+    seen: list[dict[int, Tensor]] = []
+
+    def look(use: Use, a: Tensor | None, g: Tensor) -> None:
+        layout = facts[use.index].layout
+        if layout is not None:
+            seen[-1][use.index] = _digest(layout.split(g, len(kept)).reshape(len(kept), -1), 1)
+
+    capture.sink = look
+    for scale in (1.0, 1e4):
+        seen.append({})
+        total = torch.where(kept, losses, scale * losses).sum()
+        backward(capture, total, understudy.parameters, retain_graph=scale == 1.0)
+    for index, digest in seen[0].items():
+        if not same_rows(digest, seen[1][index], kept):
+            raise Refused(
+                "examples mix: a hook on an activation lets the size of one example's gradient change "
+                "another's."
+            )
 
 
 def _compare(first: Record, second: Record, kept: Tensor) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .capture import Capture, Use
-from .errors import Refused
+from .errors import Changed
 from .layout import Placement
 from .pullback import Group, Kind, geometry, group_uses, leaves_of
 
@@ -111,7 +111,7 @@ def reroute(facts: tuple[UseFacts, ...], pattern: tuple) -> tuple[UseFacts, ...]
         Refused: some have rows that two examples move.
     """
     if not all(fact.routable for fact in facts if fact.pattern == pattern and fact.reached):
-        raise Refused(CHANGING)
+        raise Changed(CHANGING)
     return tuple(
         dataclasses.replace(fact, layout=None, size=None, routed=True) if fact.pattern == pattern else fact
         for fact in facts
@@ -153,15 +153,15 @@ def match(findings: Findings, capture: Capture, parameters: dict[str, Tensor]) -
         return _match_routed(findings, capture, parameters)
     trace = [(u.operation, u.rule, u.value.shape, leaves_of(u.value, names)) for u in capture.uses]
     if trace != [fact.trace for fact in findings.uses]:
-        raise Refused(CHANGING)
+        raise Changed(CHANGING)
     seen = [geometry(u.value, parameters[f.leaves[0]]) for u, f in zip(capture.uses, findings.uses)]
     if seen != [fact.geometry for fact in findings.uses]:
-        raise Refused(CHANGING)
+        raise Changed(CHANGING)
     if any(seen[index] is None for index in findings.shared):
         # a copied slice does not tell where it was taken from: look at all of them again
         again = group_uses(capture.uses, names, parameters)
         if [(g.kind, g.uses) for g in again] != [(g.kind, g.uses) for g in findings.groups]:
-            raise Refused(CHANGING)
+            raise Changed(CHANGING)
     return findings.uses
 
 
@@ -176,12 +176,12 @@ def _match_routed(findings: Findings, capture: Capture, parameters) -> tuple[Use
         if (fact.operation, fact.leaves) in called:
             known = next(due, None)
             if known is None or (known.trace, known.geometry) != (fact.trace, fact.geometry):
-                raise Refused(CHANGING)
+                raise Changed(CHANGING)
             facts.append(known)
         elif fact.pattern in findings.patterns:
             facts.append(dataclasses.replace(fact, routed=True))
         else:
-            raise Refused(CHANGING)
+            raise Changed(CHANGING)
     if next(due, None) is not None:
-        raise Refused(CHANGING)
+        raise Changed(CHANGING)
     return tuple(facts)

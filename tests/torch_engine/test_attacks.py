@@ -336,3 +336,66 @@ def test_a_narrow_value_beside_ordinary_ones_is_counted_once(method):
     torch.testing.assert_close(out.norms.double(), norms, rtol=1e-2, atol=0)
     for name, want in expected.items():
         torch.testing.assert_close(out.grads[name], want, rtol=2e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_clipping_inside_autocast_is_not_lowered(method):
+    """Around the call, where many put it: only the forward pass is the model's."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 60), nn.Tanh(), nn.Linear(60, 3))
+    batch = (torch.randn(6, 5, 40), torch.randint(3, (6,)))
+
+    def loss_fn(model, batch):
+        return F.cross_entropy(model(batch[0]).float().mean(1), batch[1], reduction="none")
+
+    clipped = dpt.clipped_grad(model, loss_fn, clip_norm=0.1, method=method)
+    for b in range(6):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = clipped(batch, torch.arange(6) == b)
+        norm = sum(g.double().square().sum() for g in out.grads.values()).sqrt()
+        assert 0.0995 < norm <= 0.1
+
+
+class Clamped(torch.autograd.Function):
+    """A straight-through estimator, as binary networks have it: its derivative is not linear."""
+
+    @staticmethod
+    def forward(ctx, weight):
+        return weight.sign()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.clamp(-1, 1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_pull_backs_that_are_not_linear_keep_the_bound(method):
+    model = Model(lambda s, x: 30.0 * x @ Clamped.apply(s.w), w=torch.randn(5, 5).double())
+    data = rows(3)
+    clipped = dpt.clipped_grad(model, squares, clip_norm=1.0, method=method)
+    for b in range(3):
+        out = clipped(data, torch.arange(3) == b)
+        assert sum(g.square().sum() for g in out.grads.values()).sqrt() <= 1.0
+    expected, _ = oracle.clipped_sum(model, squares, data, 1.0)
+    assert oracle.relative_error(clipped(data).grads, expected) < 1e-9
+
+
+def test_hooks_on_values_made_of_parameters_are_refused():
+    def forward(s, x):
+        w = s.w * 2
+        w.register_hook(lambda g: g.clamp(-1, 1))
+        return x @ w
+
+    with pytest.raises(dpt.Refused, match="hook"):
+        dpt.clipped_grad(Model(forward, w=torch.randn(5, 5).double()), squares, clip_norm=1.0)(rows(3))
+
+
+def test_hooks_that_clip_the_gradient_of_the_batch_are_refused():
+    def forward(s, x):
+        h = x @ s.w
+        if h.requires_grad:
+            h.register_hook(lambda g: g * (1e3 / g.norm()).clamp(max=1))
+        return h.tanh()
+
+    with pytest.raises(dpt.Refused, match="mix"):
+        dpt.clipped_grad(Model(forward, w=torch.randn(5, 5).double()), squares, clip_norm=1.0)(rows(3))
