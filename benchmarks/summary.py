@@ -66,6 +66,34 @@ def accuracy_rows(found: dict[str, dict]) -> list[str]:
     return rows
 
 
+def zoo_row(found: dict[str, dict]) -> list[str]:
+    """How many models of the zoo are exact, here and under Opacus's hooks."""
+    mine, theirs = found.get("zoo-dptrain.json"), found.get("zoo-opacus-hooks.json")
+    if not mine or not theirs:
+        return []
+
+    def counts(record: dict) -> tuple[int, int, int]:
+        fit = [model for model in record["models"] if not model["refusable"]]
+        return len(fit), *(sum(m["verdict"] == v for m in fit) for v in ("exact", "WRONG"))
+
+    (models, exact, wrong), (_, peers, peers_wrong) = counts(mine), counts(theirs)
+    return [
+        f"| {models} small timm and transformers models | **{exact} exact**, {wrong} wrong, the others "
+        f"refused; Opacus's hooks: {peers} exact, {peers_wrong} silently wrong ([all](docs/zoo.md)) | "
+        "`results/zoo-*.json` |"
+    ]
+
+
+def probe_rows(found: dict[str, dict]) -> list[str]:
+    return [
+        f"| {r['case']['model']}, batch {r['case']['batch']}: the probe, once per input shape | "
+        f"**{r['probe_in_steps']:.1f} ordinary steps**; capture adds "
+        f"{100 * max(0.0, r['capture_overhead_of_a_step']):.1f} % to each step | `results/{name}` |"
+        for name, r in found.items()
+        if r.get("kind") == "probe cost"
+    ]
+
+
 def picture(found: dict[str, dict], path: Path) -> None:
     cases = {n: r for n, r in found.items() if "results" in r}
     figure, axes = plt.subplots(1, len(cases), figsize=(4.2 * len(cases) + 1, 3.2), squeeze=False)
@@ -89,7 +117,7 @@ def picture(found: dict[str, dict], path: Path) -> None:
 def main() -> None:
     found = records()
     table = ["| what | measured | record |", "| --- | --- | --- |"]
-    table += speed_rows(found) + accuracy_rows(found)
+    table += zoo_row(found) + speed_rows(found) + probe_rows(found) + accuracy_rows(found)
     text = (ROOT / "README.md").read_text()
     block = "<!-- measured -->\n" + "\n".join(table) + "\n<!-- end -->"
     text = re.sub(r"<!-- measured -->.*?<!-- end -->", lambda _: block, text, flags=re.S)
