@@ -121,9 +121,11 @@ def _settled(plan: Plan, capture: Capture, losses, mask, parameters, batch_size:
         Refused: the step does other than what the probe saw.
     """
     facts = match(plan.findings, capture, parameters)
-    if not plan.findings.routed:
+    if not plan.findings.routed and not capture.scattered:
         return plan
     facts = routing.settle(facts, capture, losses, mask, parameters, batch_size)
+    if not plan.findings.routed:
+        return plan
     groups = tuple(group_uses(capture.uses, capture.names, parameters))
     findings = dataclasses.replace(plan.findings, uses=facts, groups=groups)
     return make_plan(plan.method, findings, batch_size, losses.device)

@@ -98,6 +98,8 @@ class Capture(TorchFunctionMode):
         self._data = object()
         self._parameter = object()
         self._replay: list[Use] | None = None
+        #: whether rows may have been sent from one example's place to another's
+        self.scattered = False
         #: whether the model hooks the gradient of an activation
         self.hooked = False
         #: whether something intercepted saved tensors, as activation checkpointing does
@@ -205,6 +207,8 @@ class Capture(TorchFunctionMode):
     def call(self, func, args, kwargs, data: bool, parameter: bool) -> Any:
         from . import operations
 
+        if data and not self.scattered:
+            self.scattered = operations.scatters(self, func, args, kwargs)
         if parameter and torch._C._functorch.maybe_current_level() is not None:
             raise Refused(
                 "parameters are used under a transform of torch.func (vmap, grad, jvp), which cannot be "

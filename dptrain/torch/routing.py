@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from .capture import Capture, Use
-from .errors import Refused
+from .errors import Misfit, Refused
 from .guards import backward
-from .layout import Routed, row_heights
-from .trace import UseFacts
+from .layout import Layout, Routed, row_heights
+from .trace import CHANGING, UseFacts
 from .uses.base import Size, widen
 
 #: what atomic additions on a GPU may cost; two examples in one row are off by far more
@@ -37,13 +37,21 @@ def settle(
     """The facts with a layout for every routed use, found by ``1 + log16(B)`` backward passes, or
     ``1 + log2(B)`` where a compute type is too narrow.
 
+    Where an operation of this batch may have sent rows about (``capture.scattered``), all other uses
+    are looked at as well: their rows must be where their layout has them.
+
     Raises:
         Refused: a row belongs to more than one example.
+        Misfit: rows of a use that is not routed are elsewhere.
     """
     routed = {i for i, fact in enumerate(facts) if fact.routed}
-    if not routed:
+    regular = {i for i, fact in enumerate(facts) if fact.layout is not None} if capture.scattered else set()
+    if not routed and not regular:
         return facts
-    seen = _owners(routed, capture, losses, mask, parameters, batch_size)
+    seen = _owners(routed | regular, facts, capture, losses, mask, parameters, batch_size)
+    for index in regular & seen.keys():
+        if not _where_expected(facts[index].layout, seen[index][0], batch_size):
+            raise Misfit(CHANGING, facts[index].pattern)
     settled = list(facts)
     for index in routed:
         fact = facts[index]
@@ -61,7 +69,7 @@ def settle(
 
 
 def _owners(
-    routed: Collection[int], capture: Capture, losses: Tensor, mask, parameters, batch_size: int
+    wanted: Collection[int], facts, capture: Capture, losses: Tensor, mask, parameters, batch_size: int
 ) -> dict[int, tuple[Tensor, Size | None]]:
     """By use: the example of each row, in the shape of the row axes; and the size as one example."""
     sizes: dict[int, Size | None] = {}
@@ -71,8 +79,13 @@ def _owners(
         heights: dict[int, Tensor] = {}
 
         def measure(use: Use, a: Tensor | None, g: Tensor) -> None:
-            if use.index in routed:
-                heights[use.index] = row_heights(widen(g), use.rule.row_axes(g))
+            if use.index in wanted:
+                axes, layout = use.rule.row_axes(g), facts[use.index].layout
+                if layout is not None:
+                    if not layout.fits(g, batch_size):
+                        raise Misfit(CHANGING, facts[use.index].pattern)
+                    axes = max(axes, layout.axis + 1)
+                heights[use.index] = row_heights(widen(g), axes)
                 sizes[use.index] = use.rule.size(use.value.shape, a, g, 1)
 
         capture.sink = measure
@@ -96,6 +109,11 @@ def _owners(
     finally:
         capture.sink = before
     raise Refused("examples mix: a row that was routed by the data belongs to more than one example.")
+
+
+def _where_expected(layout: Layout, owners: Tensor, batch_size: int) -> bool:
+    examples = torch.arange(batch_size, device=owners.device)
+    return bool(((owners == layout.per_row(examples, owners.dim())) | (owners < 0)).all())
 
 
 def _length(batch_size: int, base: int) -> int:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dptrain.torch as dpt
+from dptrain.torch import routing
 from dptrain.torch.layout import Routed
 
 from . import oracle
@@ -194,6 +195,49 @@ def test_a_row_of_two_examples_is_refused():
 
     with pytest.raises(dpt.Refused, match="mix"):
         dpt.clipped_grad(Experts(pairs), loss_fn, clip_norm=1.0)(batch(dtype=torch.float32))
+
+
+SHUFFLES = {
+    "sorted and put back": lambda m, x, key: m(x[key.argsort()])[key.argsort().argsort()],
+    "by index_select": lambda m, x, key: m(x.index_select(0, key.argsort()))[key.argsort().argsort()],
+    "with the rest of a tuple": lambda m, x, key: m(x[key.argsort(), :])[key.argsort().argsort()],
+    "at random": lambda m, x, key: (lambda p: m(x[p])[p.argsort()])(torch.randperm(len(x))),
+}
+
+
+@pytest.mark.parametrize("method", ["auto", "ghost", "per-example"])
+@pytest.mark.parametrize("name", SHUFFLES)
+def test_rows_that_change_places_in_a_later_batch_only(name, method):
+    """All shapes stay the same: only the owners of the rows are others."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+
+    def loss_fn(model, batch):
+        return F.cross_entropy(SHUFFLES[name](model, batch["x"], batch["key"]), batch["y"], reduction="none")
+
+    clipped = dpt.clipped_grad(model, loss_fn, clip_norm=0.5, method=method)
+    x, y = torch.randn(6, WIDTH).double(), torch.randint(4, (6,))
+    for key in (torch.zeros(6).long(), torch.tensor([3, 1, 5, 0, 2, 4]), torch.tensor([0, 1, 0, 1, 1, 0])):
+        data = {"x": x, "y": y, "key": key}
+        expected, norms = oracle.clipped_sum(model, loss_fn, data, 0.5)
+        out = clipped(data)
+        torch.testing.assert_close(out.norms, norms, rtol=1e-9, atol=0)
+        assert oracle.relative_error(out.grads, expected) < 1e-9
+
+
+def test_picking_in_order_costs_no_search(monkeypatch):
+    """``h[arange(B), last]`` moves no rows between examples."""
+
+    def loss_fn(model, batch):
+        h = model(batch["x"].mean(1))
+        return h[torch.arange(len(h)), batch["y"]] + h.gather(1, batch["y"][:, None]).squeeze(1)
+
+    def never(*_):
+        raise AssertionError("owners were searched")
+
+    monkeypatch.setattr(routing, "_owners", never)
+    clipped = dpt.clipped_grad(nn.Linear(WIDTH, 4), loss_fn, clip_norm=0.5)
+    clipped(batch(dtype=torch.float32))
 
 
 def test_routed_rows_come_home():

@@ -7,5 +7,6 @@ other operations where they can be: ``capture(function, ...)`` calls one as the 
 
 from .dispatch import METADATA, chosen, metadata, mixed, parameter_only
 from .norms import refuse_batch_statistics
+from .scattering import scatters
 
-__all__ = ["METADATA", "chosen", "metadata", "mixed", "parameter_only", "refuse_batch_statistics"]
+__all__ = ["METADATA", "chosen", "metadata", "mixed", "parameter_only", "refuse_batch_statistics", "scatters"]

@@ -59,6 +59,8 @@ def generic(capture: Capture, func, args: tuple, kwargs: dict) -> Any:
         if axis is not None:  # examples on an axis of its own: a batch of one for each
             if capture.is_parameter(t):
                 t = spread(capture, t, t.shape, func.__name__)
+            if t.shape[axis] % batch_size:
+                raise Refused(f"{func.__name__} has no rule of its own, and its rows vary by the data.")
             t = t.unflatten(axis, (batch_size, t.shape[axis] // batch_size))
         elif capture.is_parameter(t):
             use = capture.use(PerExample(), t, func.__name__)

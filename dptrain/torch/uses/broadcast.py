@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..layout import Routed
 from .base import Rule, reduce_to, widen
 
 
@@ -34,7 +35,9 @@ class PerExample(Rule):
     """A value that was handed to each example by itself: ``g [B, *value]`` is the answer."""
 
     def row_axes(self, g):
-        return 0
+        return 1
 
     def example_gradients(self, value, a, g, layout, batch_size):
+        if isinstance(layout, Routed):
+            g = layout.split(g, batch_size).sum((1, 2))
         return g.reshape(batch_size, *value).to(torch.promote_types(g.dtype, torch.float32))
