@@ -17,7 +17,7 @@ from . import routing
 from .bookkeeping import Bookkeeping, clip_factors
 from .capture import Capture
 from .clipped_sum import ClippedSum
-from .guards import backward, check_losses, parameters_untouched
+from .guards import backward, check_buffers, check_losses, parameters_untouched
 from .planner import Plan, make_plan
 from .pullback import group_uses
 from .trace import match
@@ -111,6 +111,7 @@ def _forward(task, plan: Plan, parameters, batch, batch_size) -> tuple[Capture, 
     with parameters_untouched(task.model), torch.enable_grad(), capture:
         losses = task.loss_fn(task.model, entered)
     check_losses(losses, batch_size)
+    check_buffers(task.model, capture)
     return capture, losses
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .errors import WRITTEN, Refused
+from .errors import CARRIED, WRITTEN, Refused
 from .uses.base import Rule
 
 #: what a use hands on in the backward pass: (use, other operand, gradient of the output)
@@ -38,6 +38,13 @@ class Sort(Enum):
     CONSTANT = 0
     PARAMETER = 1
     DATA = 2
+
+
+class Mark:
+    """What a tensor is in one forward pass; in the next one it is another's."""
+
+    def __init__(self, sort: Sort):
+        self.sort = sort
 
 
 @dataclass(eq=False)
@@ -95,8 +102,7 @@ class Capture(TorchFunctionMode):
         self.anchor = torch.zeros((), device=first.device, dtype=first.dtype, requires_grad=True)
         #: whether a backward pass of ours is under way
         self.armed = False
-        self._data = object()
-        self._parameter = object()
+        self._data, self._parameter = Mark(Sort.DATA), Mark(Sort.PARAMETER)
         self._replay: list[Use] | None = None
         #: whether rows may have been sent from one example's place to another's
         self.scattered = False
@@ -123,6 +129,8 @@ class Capture(TorchFunctionMode):
         mark = getattr(tensor, MARK, None)
         if mark is self._data:
             return Sort.DATA
+        if isinstance(mark, Mark) and mark.sort is Sort.DATA:
+            raise Refused(CARRIED)
         if not tensor.requires_grad or tensor is self.anchor:
             return Sort.CONSTANT
         if mark is self._parameter or id(tensor) in self.names:
@@ -153,6 +161,10 @@ class Capture(TorchFunctionMode):
                 return True
             stack += [parent for parent, _ in node.next_functions]
         return False
+
+    def holds_data(self, tensor: Tensor) -> bool:
+        """Whether this forward pass has put data into a tensor; unlike ``sort`` it asks no further."""
+        return getattr(tensor, MARK, None) is self._data
 
     def is_parameter(self, item: Any) -> bool:
         return isinstance(item, Tensor) and self.sort(item) is Sort.PARAMETER

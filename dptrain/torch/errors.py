@@ -6,6 +6,12 @@ WRITTEN = (
 )
 
 
+CARRIED = (
+    "the model carries data from one batch to the next, in an attribute or a buffer, so that examples "
+    "mix over the steps: reset such state at the beginning of each forward pass."
+)
+
+
 class Refused(RuntimeError):
     """A model, a batch or a request for which an exact private gradient cannot be promised.
 

@@ -48,6 +48,12 @@ def check_model(model: nn.Module, parameters: dict[str, Tensor], method: Method)
         raise Refused("the model is compiled: pass the module that was given to torch.compile.")
     if not method.is_private:
         return
+    for name, p in parameters.items():
+        if p.is_complex():
+            raise Refused(
+                f"{name} holds complex numbers: keep it as pairs of real ones, [..., 2], and use "
+                "torch.view_as_complex in the forward pass."
+            )
     hooked = [n for n, p in parameters.items() if p._backward_hooks or p._post_accumulate_grad_hooks]
     if hooked:
         raise Refused(
@@ -72,6 +78,16 @@ def parameters_untouched(model: nn.Module) -> Iterator[None]:
     yield
     if any(p._version != version for p, version in before):
         raise Refused(WRITTEN)
+
+
+def check_buffers(model: nn.Module, capture: Capture) -> None:
+    """Refuse data in a buffer, however rarely the model writes it: the probe may not have seen it."""
+    for name, buffer in model.named_buffers():
+        if capture.holds_data(buffer):
+            raise Refused(
+                f"the buffer {name} of the model depends on the data, which would be released without any "
+                "protection: freeze it, for example with .eval() on its module."
+            )
 
 
 def check_losses(losses: Any, batch_size: int) -> None:

@@ -16,14 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from .errors import Refused
+from .errors import CARRIED, Refused
 from .separation import MIXED, choose, same_rows
 from .understudy import Understudy
-
-CARRIED = (
-    "the model carries data from one batch to the next, in an attribute or a buffer, so that examples "
-    "mix over the steps: reset such state at the beginning of each forward pass."
-)
 
 SPREADS = (
     "examples mix: what is not a number in one example reaches the losses of others, as in a product with "
@@ -69,25 +64,24 @@ def broken(rows: Tensor, pool: Tensor) -> Tensor:
 
 
 def lowest(rows: Tensor, pool: Tensor) -> Tensor:
-    return rows if rows.is_floating_point() else pool.amin().to(rows).expand_as(rows).clone()
+    codes = not (rows.is_floating_point() or rows.is_complex())
+    return pool.amin().to(rows).expand_as(rows).clone() if codes else rows
 
 
 def highest(rows: Tensor, pool: Tensor) -> Tensor:
-    return rows if rows.is_floating_point() else pool.amax().to(rows).expand_as(rows).clone()
+    codes = not (rows.is_floating_point() or rows.is_complex())
+    return pool.amax().to(rows).expand_as(rows).clone() if codes else rows
 
 
 #: what all rows are, and what some of them become
 PROVOCATIONS: tuple[tuple[Change, Change], ...] = (
     (same, loud),
-    (same, low),
-    (same, silent),
+    (loud, low),
+    (silent, same),
     (same, short),
     (short, same),
     (lowest, highest),
     (highest, lowest),
-    (short, highest),
-    (loud, low),
-    (silent, same),
     (same, broken),
     (same, same),
 )
@@ -100,8 +94,9 @@ def provoke(understudy: Understudy, layouts: Any, size: int) -> None:
         Refused: examples mix.
     """
     rows, new = understudy.stand_ins(size, 0), understudy.stand_ins(size, 1, salt=1)
+    losses = understudy.losses(rows, layouts)
     _nothing_carried(understudy, layouts, rows, new)
-    known: dict[Change, Tensor] = {}
+    known = {} if understudy.random else {same: losses}
     for number, (mine, theirs) in enumerate(PROVOCATIONS):
         kept = torch.arange(size) % 2 == number % 2
         before = _changed(understudy, rows, mine)
@@ -117,7 +112,7 @@ def provoke(understudy: Understudy, layouts: Any, size: int) -> None:
             continue
         if not same_rows(known[mine], changed, kept):
             raise Refused(SPREADS if theirs is broken else MIXED)
-    _anywhere(understudy, layouts, rows)
+    _anywhere(understudy, layouts, rows, losses)
 
 
 def _changed(understudy: Understudy, rows: Any, change: Change) -> Any:
@@ -127,9 +122,8 @@ def _changed(understudy: Understudy, rows: Any, change: Change) -> Any:
     return tree_unflatten(changed, tree)
 
 
-def _anywhere(understudy: Understudy, layouts: Any, rows: Any) -> None:
+def _anywhere(understudy: Understudy, layouts: Any, rows: Any, losses: Tensor) -> None:
     """An example's loss is the same wherever it stands, and however many others there are."""
-    losses = understudy.losses(rows, layouts)
     if understudy.random:  # another place draws other numbers
         return
     try:
@@ -148,9 +142,11 @@ def _map(change: Callable[[Tensor], Tensor], rows: Any) -> Any:
 
 
 def _nothing_carried(understudy: Understudy, layouts: Any, rows: Any, new: Any) -> None:
+    """``rows`` after themselves (the pass before was theirs) and after others."""
     after = []
-    for first in (rows, new):
-        understudy.losses(first, layouts)
+    for first in (None, new):
+        if first is not None:
+            understudy.losses(first, layouts)
         try:
             after.append(understudy.losses(rows, layouts, carry=True))
         except Refused:

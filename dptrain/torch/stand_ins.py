@@ -111,7 +111,7 @@ class StandIns:
                 out.append(self._mixture(t, kind, first, second, weight, vary, generator))
             else:
                 x = t.detach()[first.to(t.device)].clone()
-                if t.dim() > 1 and (self.all_alike or attempt > 1) and not self.plain:
+                if t.dim() > 1 and not t.is_complex() and (self.all_alike or attempt > 1) and not self.plain:
                     x = self._shuffled(t, x, generator)
                 out.append(x)
         return tree_unflatten(out, self.tree)

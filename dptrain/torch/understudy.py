@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .capture import Capture
 from .errors import Refused
-from .guards import check_losses, parameters_untouched, trainable
+from .guards import check_buffers, check_losses, parameters_untouched, trainable
 from .stand_ins import StandIns, random_state, randomise, seed
 
 #: attributes that every module has
@@ -134,4 +134,5 @@ class Understudy:
         with parameters_untouched(self.model), torch.enable_grad(), capture:
             losses = self.loss_fn(self.model, batch)
         check_losses(losses, size)
+        check_buffers(self.model, capture)
         return capture, losses

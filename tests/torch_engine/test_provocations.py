@@ -224,3 +224,34 @@ def test_caches_and_counters_are_left_alone():
     clipped(batch)
     assert model.calls == 2  # the probe ran on a copy
     exact(model, cross_entropy, batch)
+
+
+def test_state_that_is_written_too_rarely_for_the_probe():
+    class Rare(nn.Module):
+        def __init__(self, buffer: bool):
+            super().__init__()
+            self.layer, self.calls = nn.Linear(WIDTH, 3), 0
+            if buffer:
+                self.register_buffer("centre", torch.zeros(WIDTH))
+            else:
+                self.centre = torch.zeros(WIDTH)
+
+        def forward(self, x):
+            self.calls += 1
+            if self.calls % 3 == 0:
+                self.centre = x.mean(0).detach()
+            return self.layer(x - self.centre)
+
+    for buffer, word in ((True, "buffer centre"), (False, "carries data")):
+        clipped = dpt.clipped_grad(Rare(buffer), cross_entropy, clip_norm=1.0)
+        with pytest.raises(dpt.Refused, match=word):
+            for _ in range(4):
+                clipped(floats())
+
+
+def test_complex_inputs_and_parameters():
+    data = {"x": torch.randn(5, WIDTH, dtype=torch.complex128), "y": torch.randint(3, (5,))}
+    exact(Net(lambda s, x: s.layer(x.abs())), cross_entropy, data)
+    model = Net(lambda s, x: s.layer((x * s.scale).abs()))
+    model.scale = nn.Parameter(torch.randn(WIDTH, dtype=torch.complex128))
+    assert "view_as_complex" in refused(model.double(), cross_entropy, data)
