@@ -126,7 +126,7 @@ class ClippedGrad:
                 if probed_again:
                     raise
                 probed_again = True
-                del self.plans[key]
+                self.plans.pop(key, None)
 
     def plan(self, batch: Any, mask: Tensor | None = None) -> Plan:
         """The plan for batches like this one; probes the model the first time.

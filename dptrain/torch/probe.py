@@ -20,7 +20,7 @@ from .errors import Misfit, Refused
 from .guards import listed
 from .provocations import provoke
 from .stand_ins import isolated_randomness
-from .structure import ATTEMPTS, Structure, find_structure
+from .structure import ATTEMPTS, Structure, find_structure, resolve
 from .trace import Findings, names
 from .understudy import Understudy
 
@@ -67,6 +67,7 @@ def _learn(understudy: Understudy, batch_size: int) -> tuple[Findings, Stage]:
     if small > 1:
         provoke(understudy, structure.layouts, small)
     size = batch_size if batch_size > 1 else small  # one example has none to mix with
+    structure = resolve(understudy, structure, size)
     structure, findings, still = _examples_apart(understudy, structure, size)
     if size != batch_size:
         findings = _findings(understudy, structure, batch_size)
@@ -94,6 +95,15 @@ def _examples_apart(
             continue
         attempt += 1
         if record is None:
+            continue
+        unclear = [
+            fact
+            for name, fact in zip(names(record.findings.uses), record.findings.uses)
+            if fact.options and name in record.moved
+        ]
+        if unclear:  # moved only now, where several layouts would do: let each step find the owners
+            structure = structure.rerouted(unclear[0].pattern)
+            attempt -= 1
             continue
         findings = record.findings
         moved |= record.moved

@@ -41,6 +41,11 @@ def loud(rows: Tensor, pool: Tensor) -> Tensor:
     return 1e3 * rows.abs() if rows.is_floating_point() else rows
 
 
+def bright(rows: Tensor, pool: Tensor) -> Tensor:
+    """All positive, and no louder: what is loud can saturate a loss."""
+    return rows.abs() if rows.is_floating_point() else rows
+
+
 def low(rows: Tensor, pool: Tensor) -> Tensor:
     return -1e3 * rows.abs() if rows.is_floating_point() else rows
 
@@ -76,7 +81,7 @@ def highest(rows: Tensor, pool: Tensor) -> Tensor:
 #: what all rows are, and what some of them become
 PROVOCATIONS: tuple[tuple[Change, Change], ...] = (
     (same, loud),
-    (loud, low),
+    (bright, low),
     (silent, same),
     (same, short),
     (short, same),

@@ -27,6 +27,8 @@ from .understudy import Understudy
 #: primes, so that hardly any other size of a model is a multiple of both
 SIZES = (2, 3)
 ATTEMPTS = 4
+#: how many halves of the examples decide between layouts
+TRIALS = 4
 
 
 @dataclass
@@ -70,7 +72,13 @@ class Structure:
                 facts.append(dataclasses.replace(fact, routed=True))
             else:
                 facts.append(
-                    dataclasses.replace(fact, layout=known.layout, size=known.size, routable=known.routable)
+                    dataclasses.replace(
+                        fact,
+                        layout=known.layout,
+                        size=known.size,
+                        routable=known.routable,
+                        options=known.options,
+                    )
                 )
         groups = group_uses(capture.uses, capture.names, parameters)
         covered = frozenset(leaf for f in (*self.facts, *facts) if f.reached for leaf in f.leaves)
@@ -116,7 +124,8 @@ def find_structure(understudy: Understudy, batch_size: int) -> Structure:
         elif options:
             unsteady += [] if steady else [fact]
             sized = next(s.fact.size for s in seen if s.options is not None)
-            facts.append(dataclasses.replace(fact, layout=options[0], size=sized))
+            more = tuple(options) if len(options) > 1 else ()
+            facts.append(dataclasses.replace(fact, layout=options[0], size=sized, options=more))
         elif single:
             facts.append(dataclasses.replace(fact, routed=True))
             patterns.add(fact.pattern)
@@ -131,6 +140,56 @@ def find_structure(understudy: Understudy, batch_size: int) -> Structure:
     for pattern in patterns:  # some experts may have looked regular by chance
         structure = structure.rerouted(pattern)
     return structure
+
+
+def resolve(understudy: Understudy, structure: Structure, size: int) -> Structure:
+    """Decide between layouts that the small sizes left open, because few rows had a gradient.
+
+    The losses of half of the examples are back-propagated, a few times over: the true layout has no other
+    rows. Where several are still left, the use is treated as routed: each step finds the owners.
+    """
+    open_ = {id(fact): list(fact.options) for fact in structure.facts if fact.options}
+    if not open_:
+        return structure
+    understudy.randomise(0)
+    capture, losses = understudy.forward(understudy.stand_ins(size, 0), size, structure.layouts)
+    uses = [describe(use, capture.names, understudy.parameters) for use in capture.uses]
+    aligned = structure._align(uses)
+    moved = set()
+
+    def look(use: Use, a: Tensor | None, g: Tensor) -> None:
+        fact = aligned[use.index]
+        if fact is None or id(fact) not in open_:
+            return
+        left = []
+        for option in open_[id(fact)]:
+            if option.fits(g, size):
+                rows = busy(g, option.axis).reshape(option.outer, size, option.inner).any(2).any(0)
+                if bool(rows.any()):
+                    moved.add(id(fact))
+                left += [] if bool((rows & ~kept).any()) else [option]
+        open_[id(fact)] = left
+
+    capture.sink = look
+    generator = torch.Generator().manual_seed(0)
+    for trial in range(TRIALS):
+        kept = torch.zeros(size, dtype=torch.bool)
+        kept[torch.randperm(size, generator=generator)[: (size + 1) // 2]] = True
+        kept = kept.to(losses.device)
+        backward(capture, losses[kept].sum(), understudy.parameters, retain_graph=trial < TRIALS - 1)
+    facts = []
+    for fact in structure.facts:
+        if id(fact) in moved:
+            left = open_[id(fact)]
+            if len(left) == 1:
+                fact = dataclasses.replace(fact, layout=left[0], options=())
+            elif fact.routable:
+                fact = dataclasses.replace(fact, layout=None, size=None, routed=True, options=())
+            else:
+                raise Refused(CHANGING)
+        facts.append(fact)
+    patterns = structure.patterns | {fact.pattern for fact in facts if fact.routed}
+    return dataclasses.replace(structure, facts=tuple(facts), patterns=patterns)
 
 
 # ------------------------------------------------------------------ passes at the small sizes

@@ -30,6 +30,7 @@ class UseFacts:
         layout: where the examples lie; None if no gradient ever reaches it, or if ``routed`` and
             not yet settled for a batch.
         routed: the data decide which rows it sees.
+        options: further layouts that the small sizes allow, where few rows had a gradient.
         routable: each of its rows is moved by one example, so that it could be routed.
         geometry: which elements of its leaf the value shows, if it is a view of one.
     """
@@ -43,6 +44,7 @@ class UseFacts:
     geometry: tuple | None = None
     routed: bool = False
     routable: bool = False
+    options: tuple[Placement, ...] = ()
 
     @property
     def reached(self) -> bool:
@@ -113,7 +115,9 @@ def reroute(facts: tuple[UseFacts, ...], pattern: tuple) -> tuple[UseFacts, ...]
     if not all(fact.routable for fact in facts if fact.pattern == pattern and fact.reached):
         raise Changed(CHANGING)
     return tuple(
-        dataclasses.replace(fact, layout=None, size=None, routed=True) if fact.pattern == pattern else fact
+        dataclasses.replace(fact, layout=None, size=None, routed=True, options=())
+        if fact.pattern == pattern
+        else fact
         for fact in facts
     )
 

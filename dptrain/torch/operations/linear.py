@@ -102,9 +102,14 @@ def matmul(capture, func, input, other):
         return capture(torch.matmul, flipped, input.mT).mT
     if not capture.is_parameter(other):
         raise Refused(f"{func.__name__} with operands of shapes {tuple(input.shape)}, {tuple(other.shape)}")
-    other = origin(other)
     if other.dim() == 1:
         return capture(torch.mul, input, other).sum(-1)
+    smallest = origin(other)
+    if smallest.shape[-2:] == other.shape[-2:]:
+        other = smallest
+    else:  # expanded along the axes of the matrix itself, which must stay
+        for axis in range(other.dim() - 2):
+            other = other.narrow(axis, 0, 1) if other.stride(axis) == 0 else other
     if other.shape[:-2].numel() == 1:
         out = linear_map(capture, input, other.reshape(other.shape[-2:]), None, True, "matmul")
         missing = other.dim() - max(2, input.dim())  # leading axes of size one
