@@ -56,9 +56,7 @@ def check(understudy: Understudy, structure: Structure, size: int, attempt: int)
     """
     try:
         return _check(understudy, structure, size, attempt)
-    except Refused:
-        raise
-    except torch.OutOfMemoryError:
+    except (Refused, torch.OutOfMemoryError):
         raise
     except Exception:  # rows outside what the model accepts
         understudy.failure = traceback.format_exc(limit=-1).strip().splitlines()[-1]

@@ -211,7 +211,7 @@ def _sizes_and_passes(understudy: Understudy, batch_size: int):
                 return sizes, [
                     understudy.forward(understudy.stand_ins(s, i), s, None) for i, s in enumerate(sizes)
                 ]
-            except Refused:
+            except (Refused, torch.OutOfMemoryError):
                 raise
             except Exception as error:
                 failure = error

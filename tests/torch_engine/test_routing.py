@@ -225,6 +225,40 @@ def test_rows_that_change_places_in_a_later_batch_only(name, method):
         assert oracle.relative_error(out.grads, expected) < 1e-9
 
 
+class Heads(nn.Module):
+    """A head for each domain that an example may come from."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(WIDTH, WIDTH)
+        self.heads = nn.ModuleList(nn.Linear(WIDTH, 4) for _ in range(3))
+
+    def forward(self, x, domain):
+        h, out = self.body(x).tanh(), x.new_zeros(len(x), 4)
+        for d in domain.unique().tolist():
+            out[domain == d] = self.heads[d](h[domain == d])
+        return out
+
+
+@pytest.mark.parametrize("first", [[0, 1, 0, 1, 1, 0], [0, 0, 0, 0, 0, 0]])
+def test_heads_that_come_into_use_later(first):
+    """Exact from the first batch on, also for a domain that the probe has not seen."""
+    torch.manual_seed(0)
+    model = Heads().double()
+
+    def loss_fn(model, batch):
+        return F.cross_entropy(model(batch["x"], batch["domain"]), batch["y"], reduction="none")
+
+    clipped = dpt.clipped_grad(model, loss_fn, clip_norm=0.5, allow_unused=True)
+    for domain in (first, [2, 1, 0, 2, 2, 0], [2, 2, 2, 2, 2, 2]):
+        x, y = torch.randn(6, WIDTH).double(), torch.randint(4, (6,))
+        data = {"x": x, "y": y, "domain": torch.tensor(domain)}
+        expected, norms = oracle.clipped_sum(model, loss_fn, data, 0.5)
+        out = clipped(data)
+        torch.testing.assert_close(out.norms, norms, rtol=1e-9, atol=0)
+        assert oracle.relative_error(out.grads, expected) < 1e-9
+
+
 def test_picking_in_order_costs_no_search(monkeypatch):
     """``h[arange(B), last]`` moves no rows between examples."""
 
