@@ -2,7 +2,7 @@
 
 The probe (with plan and rehearsal) runs once per input signature. The capture's own cost is what a
 forward pass takes longer under it, seen against a whole ordinary step. Repeats are interleaved, figures
-are medians; operations are counted as well, which no other load on the machine can change.
+are medians.
 
     python benchmarks/probe_cost.py --model vit_small_patch16_224 --batch 16 --out x.json
 """
@@ -21,7 +21,6 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import dptrain.torch as dpt
 from dptrain.torch.capture import Capture
@@ -37,12 +36,6 @@ def seconds(run: Callable[[], object]) -> float:
     started = time.perf_counter()
     run()
     return time.perf_counter() - started
-
-
-def operations(run: Callable[[], object]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
 
 
 def main() -> None:
@@ -82,12 +75,10 @@ def main() -> None:
         for name, run in runs.items():
             times[name].append(seconds(run))
     median = {name: statistics.median(each) for name, each in times.items()}
-    counted = {name: operations(runs[name]) for name in ("step", "probe")}
     record = {
         "kind": "probe cost",
         "case": {"model": args.model, "batch": args.batch, "precision": "fp32"},
         "probe_in_steps": median["probe"] / median["step"],
-        "probe_in_steps_by_operations": counted["probe"] / counted["step"],
         "capture_overhead_of_a_step": (median["captured_forward"] - median["forward"]) / median["step"],
         "median_s": median,
         "all_s": times,

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from .errors import CARRIED, Refused
 from .separation import MIXED, choose, same_rows
@@ -68,6 +68,21 @@ def broken(rows: Tensor, pool: Tensor) -> Tensor:
     return torch.full_like(rows, float("nan")) if rows.is_floating_point() else rows
 
 
+def _is_mask(rows: Tensor, pool: Tensor) -> bool:
+    whole = not (rows.is_floating_point() or rows.is_complex())
+    return whole and rows.dim() > 1 and bool(((pool == 0) | (pool == 1)).all())
+
+
+def shown(rows: Tensor, pool: Tensor) -> Tensor:
+    """Masks that hide nothing."""
+    return torch.ones_like(rows) if _is_mask(rows, pool) else rows
+
+
+def hidden(rows: Tensor, pool: Tensor) -> Tensor:
+    """Masks that hide the second half; everything else as it was, so that no length disagrees."""
+    return short(rows, pool) if _is_mask(rows, pool) else rows
+
+
 def lowest(rows: Tensor, pool: Tensor) -> Tensor:
     codes = not (rows.is_floating_point() or rows.is_complex())
     return pool.amin().to(rows).expand_as(rows).clone() if codes else rows
@@ -85,6 +100,7 @@ PROVOCATIONS: tuple[tuple[Change, Change], ...] = (
     (silent, same),
     (same, short),
     (short, same),
+    (shown, hidden),
     (lowest, highest),
     (highest, lowest),
     (same, broken),
@@ -105,7 +121,10 @@ def provoke(understudy: Understudy, layouts: Any, size: int) -> None:
     for number, (mine, theirs) in enumerate(PROVOCATIONS):
         kept = torch.arange(size) % 2 == number % 2
         before = _changed(understudy, rows, mine)
-        after = choose(kept, before, _changed(understudy, new if mine is theirs else rows, theirs))
+        others = _changed(understudy, new if mine is theirs else rows, theirs)
+        if all(a is b for a, b in zip(tree_leaves(before), tree_leaves(others))):
+            continue  # nothing in this batch is of the kind that would change
+        after = choose(kept, before, others)
         draw = number if understudy.random else 0
         try:
             if mine not in known or understudy.random:
