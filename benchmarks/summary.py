@@ -87,8 +87,8 @@ def zoo_row(found: dict[str, dict]) -> list[str]:
 def probe_rows(found: dict[str, dict]) -> list[str]:
     return [
         f"| {r['case']['model']}, batch {r['case']['batch']}: the probe, once per input shape | "
-        f"**{r['probe_in_steps']:.1f} ordinary steps**; capture adds "
-        f"{100 * max(0.0, r['capture_overhead_of_a_step']):.1f} % to each step | `results/{name}` |"
+        f"**{r['probe_in_steps']:.1f} ordinary steps**; what capture adds to a forward pass: "
+        f"{100 * r['capture_overhead_of_a_step']:+.1f} % of a step | `results/{name}` |"
         for name, r in found.items()
         if r.get("kind") == "probe cost"
     ]
