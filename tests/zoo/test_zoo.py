@@ -26,6 +26,13 @@ pytestmark = [
 ]
 
 
+#: refused although single examples have gradients, with a word of why; all others must be exact
+KNOWN_REFUSALS = {
+    "transformers/reformer": "received an ordinary gradient",  # its layers differentiate by themselves
+    "transformers/timesformer": "examples mix",  # takes class tokens from the rows of other examples
+}
+
+
 def parameters(refusable: bool):
     return [
         pytest.param(entry, id=entry.name, marks=[pytest.mark.slow] if entry.slow else [])
@@ -37,7 +44,10 @@ def parameters(refusable: bool):
 @pytest.mark.parametrize("entry", parameters(refusable=False))
 def test_exact(entry):
     verdict = judge(entry, dptrain())
-    assert verdict.verdict == "exact", verdict.sentence
+    if entry.name in KNOWN_REFUSALS:
+        assert verdict.verdict == "refused" and KNOWN_REFUSALS[entry.name] in verdict.sentence
+    else:
+        assert verdict.verdict == "exact", verdict.sentence
 
 
 @pytest.mark.parametrize("entry", parameters(refusable=True))
