@@ -23,9 +23,8 @@ import torch
 import torch.nn.functional as F
 
 import dptrain.torch as dpt
-from dptrain.torch.capture import Capture
+from dptrain.torch.capture import Capture, ignore
 from dptrain.torch.guards import trainable
-from dptrain.torch.understudy import ignore
 
 
 def loss_fn(model, batch):

@@ -15,13 +15,12 @@ from torch.utils._pytree import tree_map
 
 from . import routing
 from .bookkeeping import Bookkeeping, clip_factors
-from .capture import Capture
+from .capture import Capture, ignore
 from .clipped_sum import ClippedSum
 from .guards import backward, check_buffers, check_losses, parameters_untouched
 from .planner import Plan, make_plan
 from .pullback import group_uses
 from .trace import match
-from .understudy import ignore
 from .uses.base import widen
 
 

@@ -31,6 +31,11 @@ from .uses.base import Rule
 #: what a use hands on in the backward pass: (use, other operand, gradient of the output)
 Sink = Callable[["Use", Tensor | None, Tensor], None]
 
+
+def ignore(*_: Any) -> None:
+    """The sink of a forward pass whose uses are not wanted, or not yet."""
+
+
 MARK = "_dptrain_mark"  # on tensors of one forward pass, never on modules
 
 

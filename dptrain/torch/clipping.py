@@ -106,7 +106,9 @@ class ClippedGrad:
         bound = self.clip_norm if self.method.is_private else float("inf")
         return ClippedSum(grads, norms, losses, bound)
 
-    def _clip(self, parameters: dict[str, Tensor], batch: Any, mask: Tensor | None, batch_size: int):
+    def _clip(
+        self, parameters: dict[str, Tensor], batch: Any, mask: Tensor | None, batch_size: int
+    ) -> ClippedSum:
         """By the plan for this batch, which is made again where the stand-ins had not shown everything."""
         key = signature(self.model, parameters, batch)
         probed_again = False

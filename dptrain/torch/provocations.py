@@ -1,10 +1,10 @@
-"""Losses under provocation: (c) of the probe, at a small size, where a forward pass costs next to nothing.
+"""Losses under provocation, at a small size, where a forward pass costs next to nothing.
 
 Some examples are made loud, silent, short or extreme, and the losses of the others must stay as
 they were: that is what a threshold on the batch, a sequence trimmed to the longest, a mask averaged
 over the batch or weights by class counts would notice. Each comparison draws other random numbers, so
-that mixing by chance is met as well. At last, what one batch leaves behind in the model must not show
-in the losses of the next.
+that mixing by chance is met as well. What one batch leaves behind in the model must not show in the
+losses of the next, nor may an example's loss depend on its place.
 """
 
 from __future__ import annotations

@@ -96,14 +96,16 @@ def _owners(
 
     before = capture.sink
     examples = torch.arange(batch_size, device=losses.device)
-    broken = (~losses.detach().isfinite()).nonzero().flatten()
     try:
         plain = spell(torch.ones_like(losses))
         for base in (16, 2):
             digits = [examples // base**n % base for n in range(_length(batch_size, base))]
             weights = [torch.exp2((d - 8).to(losses.dtype)) if base == 16 else d for d in digits]
             scaled = [spell(weight) for weight in weights]
-            read = {i: _read(plain[i], [h[i] for h in scaled], base, batch_size, broken) for i in plain}
+            read = {}
+            for i, rows in plain.items():
+                unread = _unread(facts[i], rows, losses)
+                read[i] = _read(rows, [h[i] for h in scaled], base, batch_size, unread)
             if all(owners is not None for owners in read.values()):
                 return {i: (owners, sizes[i]) for i, owners in read.items() if owners is not None}
     finally:
@@ -112,8 +114,22 @@ def _owners(
 
 
 def _where_expected(layout: Layout, owners: Tensor, batch_size: int) -> bool:
-    examples = torch.arange(batch_size, device=owners.device)
-    return bool(((owners == layout.per_row(examples, owners.dim())) | (owners < 0)).all())
+    return bool(((owners == _by_layout(layout, owners, batch_size)) | (owners < 0)).all())
+
+
+def _by_layout(layout: Layout, rows: Tensor, batch_size: int) -> Tensor:
+    """Whose the rows are where the layout has them."""
+    examples = torch.arange(batch_size, device=rows.device)
+    return layout.per_row(examples, rows.dim()).expand(rows.shape)
+
+
+def _unread(fact: UseFacts, rows: Tensor, losses: Tensor) -> Tensor | None:
+    """The owners of rows whose gradient is not finite and so spells nothing: those of the layout if there is
+    one, else any example whose loss is not finite, for all of those count for nothing. None if none is."""
+    if fact.layout is not None:
+        return _by_layout(fact.layout, rows, len(losses))
+    broken = (~losses.detach().isfinite()).nonzero().flatten()
+    return broken[0].expand(rows.shape) if len(broken) else None
 
 
 def _length(batch_size: int, base: int) -> int:
@@ -124,7 +140,9 @@ def _length(batch_size: int, base: int) -> int:
     return length
 
 
-def _read(plain: Tensor, scaled: list[Tensor], base: int, batch_size: int, broken: Tensor) -> Tensor | None:
+def _read(
+    plain: Tensor, scaled: list[Tensor], base: int, batch_size: int, unread: Tensor | None
+) -> Tensor | None:
     """The owner of each row; -1 where there is no gradient. None if some row says nothing that makes sense.
 
     In base 16 a digit is a power of two, which a type as narrow as float16 may not hold; in base 2
@@ -142,12 +160,12 @@ def _read(plain: Tensor, scaled: list[Tensor], base: int, batch_size: int, broke
         owners += torch.where(busy & finite, digit, 0).long() * base**position
     lost = busy & ~finite
     if bool(lost.any()):
-        if len(broken) == 0:
+        if unread is None:
             raise Refused(
                 "a gradient is not finite in rows that were routed by the data, so it cannot be said "
                 "whose they are: lower the learning rate, or clip the activations."
             )
-        owners = torch.where(lost, broken[0], owners)  # all of these examples count for nothing
+        owners = torch.where(lost, unread, owners)
     if bool((owners >= batch_size).any()):
         return None
     return torch.where(busy, owners, -1)

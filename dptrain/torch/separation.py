@@ -52,7 +52,7 @@ def check(understudy: Understudy, structure: Structure, size: int, attempt: int)
 
     Raises:
         Refused: examples mix, or data is written where it would be released.
-        Misfit: see there.
+        Misfit: the examples of a use are not where the small sizes had them.
     """
     try:
         return _check(understudy, structure, size, attempt)

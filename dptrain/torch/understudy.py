@@ -10,17 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .capture import Capture
+from .capture import Capture, ignore
 from .errors import Refused
 from .guards import check_buffers, check_losses, parameters_untouched, trainable
 from .stand_ins import StandIns, random_state, randomise, seed
 
 #: attributes that every module has
-EMPTY = vars(nn.Module()).keys()
-
-
-def ignore(*_: Any) -> None:
-    """The sink of a forward pass that is not to be back-propagated."""
+EVERY_MODULE_HAS = vars(nn.Module()).keys()
 
 
 def _derived(model: nn.Module) -> dict[int, Any]:
@@ -33,7 +29,7 @@ def _derived(model: nn.Module) -> dict[int, Any]:
 def _plain(module: nn.Module) -> dict[str, Any]:
     """What a module holds besides parameters, buffers, submodules and hooks: caches, flags, counters."""
     own = vars(module)
-    return {name: own[name] for name in own.keys() - EMPTY}
+    return {name: own[name] for name in own.keys() - EVERY_MODULE_HAS}
 
 
 def _copied(value: Any) -> Any:

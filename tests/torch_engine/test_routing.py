@@ -259,6 +259,27 @@ def test_heads_that_come_into_use_later(first):
         assert oracle.relative_error(out.grads, expected) < 1e-9
 
 
+def test_several_broken_examples_among_rows_that_change_places():
+    """Rows that are not finite spell no owner: those of other examples must still be found at home."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+
+    def loss_fn(model, batch):
+        order = batch["key"].argsort()
+        return F.cross_entropy(model(batch["x"][order])[order.argsort()], batch["y"], reduction="none")
+
+    data = {"x": torch.randn(6, WIDTH).double(), "y": torch.randint(4, (6,)), "key": torch.zeros(6).long()}
+    clipped = dpt.clipped_grad(model, loss_fn, clip_norm=0.5)
+    clipped(data)
+    expected, _ = oracle.clipped_sum(model, loss_fn, data, 0.5, [True, False, True, False, False, True])
+    data["x"][1], data["x"][3], data["x"][4] = float("nan"), float("inf"), float("nan")
+    assert oracle.relative_error(clipped(data).grads, expected) < 1e-9
+    assert not clipped.plan(data).findings.routed
+    data["key"] = torch.tensor([3, 1, 5, 0, 2, 4])
+    assert oracle.relative_error(clipped(data).grads, expected) < 1e-9
+    assert clipped.plan(data).findings.routed
+
+
 def test_picking_in_order_costs_no_search(monkeypatch):
     """``h[arange(B), last]`` moves no rows between examples."""
 
