@@ -85,6 +85,19 @@ def test_attributes_that_carry_data_to_the_next_step():
     assert "mix" in refused(Net(remember_the_first), cross_entropy, floats())
 
 
+def test_numbers_that_carry_data_to_the_next_step():
+    """A Python number bears no mark, and the batch that it comes from is not changed by it."""
+
+    class Levelled(Net):
+        level = 0.0
+
+        def forward(self, x):
+            before, self.level = self.level, float(x.mean())
+            return self.layer(x - before)
+
+    assert "carries data" in refused(Levelled(), cross_entropy, floats())
+
+
 @pytest.mark.parametrize("chance", ["torch", "numpy", "python"])
 def test_mixing_by_chance(chance):
     import random

@@ -25,6 +25,14 @@ def index_add(m, tokens, gate, chosen):
     return out
 
 
+def linear_experts(m, tokens, gate, chosen):
+    out = torch.zeros_like(tokens)
+    for e in range(EXPERTS):
+        rows = torch.where(chosen == e)[0]
+        out = out.index_add(0, rows, tokens[rows] @ m.weight[e] * gate[rows])
+    return out
+
+
 def boolean_masks(m, tokens, gate, chosen):
     out = torch.zeros_like(tokens)
     for e in range(EXPERTS):
@@ -257,6 +265,24 @@ def test_heads_that_come_into_use_later(first):
         out = clipped(data)
         torch.testing.assert_close(out.norms, norms, rtol=1e-9, atol=0)
         assert oracle.relative_error(out.grads, expected) < 1e-9
+
+
+def test_rows_of_nobody_may_hold_anything():
+    """A padded token that is not finite has no gradient, and its row at the expert must not reach the sum."""
+
+    class Padded(Experts):
+        def forward(self, x):
+            tokens = x.flatten(0, 1)
+            gate, chosen = self.router(tokens.nan_to_num()).softmax(-1).max(-1, keepdim=True)
+            out = self.style(self, tokens, gate, chosen.squeeze(1)).view_as(x)
+            return self.head(torch.where(x.isfinite(), out, 0.0).mean(1))
+
+    torch.manual_seed(0)
+    model = Padded(linear_experts).double()
+    clipped, data = dpt.clipped_grad(model, loss_fn, clip_norm=0.5, allow_unused=True), batch()
+    clipped(data)
+    data["x"][1, 2:] = float("inf")
+    assert all(g.isfinite().all() for g in clipped(data).grads.values())
 
 
 def test_several_broken_examples_among_rows_that_change_places():
