@@ -1,0 +1,156 @@
+"""One case: check, time, and make a record of it."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+from dptrain.torch import Refused
+
+from . import contestants as ways
+from . import exactness, race
+from .cases import Case, arithmetic, under_autocast
+from .contestants import Contestant, Task, Unsupported
+from .environment import Quiet, environment
+from .peers import PEERS
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to run of a case, and for how long.
+
+    Attributes:
+        methods: of dptrain, ``auto`` or ``auto+compiled+channels_last``.
+        ordinary: non-private variants, ``kept`` or ``fresh`` with the same options.
+        peers: other libraries.
+        accumulate: physical batches in a logical one.
+        limit_s: of the timed part.
+        precise: what the ratios are to be known to; see ``race.uncertainty``.
+    """
+
+    methods: Sequence[str] = ("auto",)
+    ordinary: Sequence[str] = ("kept", "fresh")
+    peers: Sequence[str] = ()
+    batch_size: int | None = None
+    device: str = "cpu"
+    precision: str = "fp32"
+    accumulate: int = 16
+    limit_s: float = 90.0
+    precise: float = 0.005
+    check: bool = True
+    memory_budget: float | None = None
+
+
+def measure(case: Case, settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """The record of a case; see ``Settings``."""
+    with arithmetic(settings.precision) as dtype:
+        size = settings.batch_size or case.batch_size
+        loss_fn = under_autocast(case.loss_fn, dtype)
+        torch.manual_seed(1)
+        batch = tree_map(lambda t: t.to(settings.device), case.make_batch(size))
+        reference = exactness.Reference(case, loss_fn, batch, settings.device) if settings.check else None
+        clip_norm = reference.clip_norm if reference else 1.0
+        task = Task(case, loss_fn, batch, size, settings.device, clip_norm)
+        with Quiet() as quiet:
+            racing, results = assemble(task, settings, reference, say)
+            del reference
+            race.race(racing, settings.accumulate, settings.limit_s, settings.precise, settings.device)
+    base = race.best(racing, settings.accumulate)
+    for contestant in racing:
+        results[contestant.name] |= figures(contestant, base, settings.accumulate)
+    if settings.check:
+        for contestant in racing:
+            if contestant.kind != "non-private":
+                method = ways.split(contestant.name)[0]
+                verdict = exactness.in_float64(case, contestant.name, method, settings.device)
+                results[contestant.name]["float64"] = verdict
+    return {
+        "kind": "speed",
+        "case": {
+            "name": case.name,
+            "batch_size": size,
+            "device": settings.device,
+            "precision": settings.precision,
+            "accumulate": settings.accumulate,
+            "memory_budget": settings.memory_budget,
+        },
+        "environment": environment(settings.device),
+        "quiet": quiet.record(),
+        "baseline": base.name,
+        "contestants": results,
+    }
+
+
+def assemble(
+    task: Task, settings: Settings, reference: exactness.Reference | None, say: Callable[[str], None]
+) -> tuple[list[Contestant], dict[str, dict[str, Any]]]:
+    """Those that can take part, checked and warm, and what is known of all so far."""
+    wanted: list[tuple[str, Callable[[], Contestant]]] = [
+        (f"non-private {spec}", lambda spec=spec: ways.non_private(task, spec)) for spec in settings.ordinary
+    ]
+    wanted += [
+        (spec, lambda spec=spec: ways.private(task, spec, settings.memory_budget))
+        for spec in settings.methods
+    ]
+    wanted += [(name, lambda name=name: PEERS[name](task)) for name in settings.peers]
+    racing, results = [], {}
+    for name, make in wanted:
+        try:
+            contestant = make()
+            as_timed = reference.judge(contestant) if reference else None
+            race.warm_up(contestant, settings.device)
+        except Exception as error:
+            results[name] = failure(error)
+            say(f"  {name:<32} {results[name]['status']}: {results[name]['sentence']}")
+            continue
+        racing.append(contestant)
+        results[name] = {
+            "status": "ok",
+            "kind": contestant.kind,
+            "warm_up_s": contestant.warm_up_s,
+            "plan": contestant.plan(),
+            "as_timed": as_timed,
+        }
+    return racing, results
+
+
+def failure(error: Exception) -> dict[str, Any]:
+    """``unsupported`` says why; an error keeps its traceback and is never filed as lack of memory."""
+    sentence = str(error).strip().split("\n")[0][:300] or type(error).__name__
+    if isinstance(error, (Unsupported, Refused)):
+        return {"status": "unsupported", "sentence": sentence}
+    if isinstance(error, torch.OutOfMemoryError):
+        return {"status": "out-of-memory", "sentence": sentence}
+    return {"status": "error", "sentence": sentence, "traceback": traceback.format_exc()}
+
+
+def figures(contestant: Contestant, base: Contestant, accumulate: int) -> dict[str, Any]:
+    whole = race.logical_s(contestant, accumulate)
+    paired = race.paired_ratios(base, contestant, accumulate)
+    return {
+        "logical_step_s": whole,
+        "ratio_to_non_private": race.logical_s(base, accumulate) / whole,
+        "quartiles_of_paired_ratios": race.quartiles(paired),
+        "raw_first_physical_step_s": contestant.first_s,
+        "raw_later_physical_step_s": contestant.later_s,
+        "raw_end_of_logical_step_s": contestant.end_s,
+    }
+
+
+def is_exact(record: dict[str, Any]) -> bool:
+    """Whether every result of dptrain's is what single examples give."""
+    for result in record["contestants"].values():
+        if result.get("kind") != "dptrain" or "float64" not in result:
+            continue
+        as_timed = result["as_timed"]["relative_error"]
+        lowered = record["case"]["precision"] != "fp32"
+        if result["float64"]["verdict"] != "exact" or (
+            as_timed > exactness.TOLERANCE_FLOAT32 and not lowered
+        ):
+            return False
+    return True
