@@ -84,6 +84,7 @@ def show(record: dict[str, Any]) -> None:
             for part in ("first_physical_step", "later_physical_step", "end_of_logical_step")
         )
         low, high = r["quartiles_of_paired_ratios"]
+        rounds = len(r["raw_end_of_logical_step_s"])
         exact = ""
         if "float64" in r:
             verdict, timed = r["float64"], r["as_timed"]
@@ -92,7 +93,7 @@ def show(record: dict[str, Any]) -> None:
             exact += f", as timed {timed['relative_error']:.0e}" if timed else ""
         print(
             f"  {name:<32} {first:8.1f} / {later:8.1f} ms a first / later step, {end:6.1f} ms to end, "
-            f"ratio {r['ratio_to_non_private']:.3f} ({low:.3f} to {high:.3f}, n = {len(r['raw_end_of_logical_step_s'])})"
+            f"ratio {r['ratio_to_non_private']:.3f} ({low:.3f} to {high:.3f}, n = {rounds})"
             f"  {exact}"
         )
     quiet = record["quiet"]
