@@ -3,12 +3,12 @@
 python -m benchmarks.speed vit-tiny --out results/cpu-speed-vit-tiny.json
 python -m benchmarks.speed bit-50x1 --method auto,bk-ghost --peers opacus,fastdp --channels-last
 python -m benchmarks.speed vit-tiny --compiled
+python -m benchmarks.speed memory --model vit-small --batch 16 --budget 1.05
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from .cases import CASES, SMALL
+from .environment import save
 from .measure import Settings, is_exact, measure
 from .peers import PEERS
 
@@ -102,6 +103,10 @@ def show(record: dict[str, Any]) -> None:
 
 
 def main(argv: list[str]) -> int:
+    if argv[:1] == ["memory"]:
+        from . import memory
+
+        return memory.main(argv[1:])
     args = arguments(argv)
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore")  # those of peers, mostly
@@ -115,8 +120,7 @@ def main(argv: list[str]) -> int:
         exact &= is_exact(record)
         if args.out:
             out = args.out / f"{args.device}-speed-{name}.json" if len(args.case) > 1 else args.out
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(record, indent=1, default=str) + "\n")
+            save(record, out)
     if not exact:
         print("a result above is not exact: its speed means nothing.", file=sys.stderr)
     return 0 if exact else 1

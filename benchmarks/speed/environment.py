@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -14,6 +15,13 @@ from typing import Any
 import torch
 
 from benchmarks.zoo.engines import version_of
+
+
+def save(record: dict[str, Any], path: Path | None) -> None:
+    """Write a record, if a path was given."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1, default=str) + "\n")
 
 
 def git(*arguments: str) -> str:

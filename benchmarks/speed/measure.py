@@ -86,22 +86,27 @@ def measure(case: Case, settings: Settings, say: Callable[[str], None] = print) 
     }
 
 
+def enter(task: Task, name: str, memory_budget: float | None = None) -> Contestant:
+    """A contestant by name: ``non-private kept``, ``opacus``, or a method of dptrain's table.
+
+    Raises:
+        Unsupported: it does not exist here.
+    """
+    if name.startswith("non-private "):
+        return ways.non_private(task, name.removeprefix("non-private "))
+    return PEERS[name](task) if name in PEERS else ways.private(task, name, memory_budget)
+
+
 def assemble(
     task: Task, settings: Settings, reference: exactness.Reference | None, say: Callable[[str], None]
 ) -> tuple[list[Contestant], dict[str, dict[str, Any]]]:
     """Those that can take part, checked and warm, and what is known of all so far."""
-    wanted: list[tuple[str, Callable[[], Contestant]]] = [
-        (f"non-private {spec}", lambda spec=spec: ways.non_private(task, spec)) for spec in settings.ordinary
-    ]
-    wanted += [
-        (spec, lambda spec=spec: ways.private(task, spec, settings.memory_budget))
-        for spec in settings.methods
-    ]
-    wanted += [(name, lambda name=name: PEERS[name](task)) for name in settings.peers]
+    wanted = [f"non-private {spec}" for spec in settings.ordinary]
+    wanted += [*settings.methods, *settings.peers]
     racing, results = [], {}
-    for name, make in wanted:
+    for name in wanted:
         try:
-            contestant = make()
+            contestant = enter(task, name, settings.memory_budget)
             as_timed = reference.judge(contestant) if reference else None
             race.warm_up(contestant, settings.device)
         except Exception as error:
@@ -124,9 +129,15 @@ def failure(error: Exception) -> dict[str, Any]:
     sentence = str(error).strip().split("\n")[0][:300] or type(error).__name__
     if isinstance(error, (Unsupported, Refused)):
         return {"status": "unsupported", "sentence": sentence}
-    if isinstance(error, torch.OutOfMemoryError):
+    if ran_out_of_memory(error):
         return {"status": "out-of-memory", "sentence": sentence}
     return {"status": "error", "sentence": sentence, "traceback": traceback.format_exc()}
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """A GPU has an exception for it; on a CPU the allocator's own sentence tells."""
+    said = isinstance(error, RuntimeError) and ("can't allocate memory" in str(error))
+    return said or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def figures(contestant: Contestant, base: Contestant, accumulate: int) -> dict[str, Any]:

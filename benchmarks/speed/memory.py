@@ -1,0 +1,93 @@
+"""Peak memory of a training step, each contestant in a fresh process.
+
+python -m benchmarks.speed memory --model vit-small --batch 16 --method auto,bk-mix-opt --budget 1.05
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .cases import CASES, SMALL
+from .environment import environment, save
+from .fresh import Try, run
+from .peers import PEERS
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed memory", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--model", default="vit-small", choices=list(CASES))
+    parser.add_argument("--batch", type=int, help="physical batch size; by default the case's")
+    parser.add_argument("--method", default="auto", help="of dptrain, by commas")
+    parser.add_argument("--budget", type=float, help="of auto: peak against non-private")
+    parser.add_argument("--peers", default="", help=f"by commas: {', '.join(PEERS)}")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32")
+    parser.add_argument("--tensors", action="store_true", help="also count tensors and say where they peak")
+    parser.add_argument("--small", action="store_true", help="tiny forms of the cases: tries the code only")
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    args = arguments(argv)
+    case = (SMALL if args.small else CASES)[args.model]
+    size = args.batch or case.batch_size
+    names = ["non-private kept", "non-private fresh", *args.method.split(",")]
+    names += [p for p in args.peers.split(",") if p]
+    results: dict[str, Any] = {}
+    for name in names:
+        budget = args.budget if name in args.method.split(",") else None
+        attempt = Try(args.model, name, size, args.device, args.precision, args.small, budget)
+        results[name] = peak_of(attempt, args.tensors)
+    base = min(results[name]["peak_bytes"] for name in names[:2])
+    for name, result in results.items():
+        if result["status"] == "ok":
+            result["ratio_to_non_private"] = result["peak_bytes"] / base
+        print(line(name, result))
+    record = {
+        "kind": "memory",
+        "case": {
+            "name": case.name,
+            "batch_size": size,
+            "device": args.device,
+            "precision": args.precision,
+            "memory_budget": args.budget,
+        },
+        "environment": environment(args.device),
+        "contestants": results,
+    }
+    save(record, args.out)
+    return 0
+
+
+def peak_of(attempt: Try, count_tensors: bool) -> dict[str, Any]:
+    """With pages of their own for all tensors, and with the allocator as it is."""
+    result = run(attempt)
+    if result["status"] == "ok" and attempt.device == "cpu":
+        usual = run(replace(attempt, own_pages=False))
+        result["peak_bytes_with_usual_allocator"] = usual.get("peak_bytes")
+        result["physical_step_s"] = usual.get("physical_step_s")
+        if count_tensors:
+            result |= run(replace(attempt, count_tensors=True))
+    return result
+
+
+def line(name: str, result: dict[str, Any]) -> str:
+    if result["status"] != "ok":
+        return f"  {name:<24} {result['status']}: {result['sentence']}"
+    mib = 2**20
+    text = (
+        f"  {name:<24} peak {result['peak_bytes'] / mib:9.1f} MiB, ratio {result['ratio_to_non_private']:.3f}"
+    )
+    text += f"; while first called {result['peak_bytes_of_first_steps'] / mib:.1f} MiB"
+    if result.get("peak_bytes_with_usual_allocator"):
+        text += f"; with the usual allocator {result['peak_bytes_with_usual_allocator'] / mib:.1f} MiB"
+    if "at" in result:
+        tensors = result["peak_tensor_bytes_beside_the_model"] / mib
+        text += f"; tensors {tensors:.1f} MiB beside the model, at {result['at']}"
+    return text
