@@ -21,7 +21,8 @@ from .contestants import Contestant
 from .peers import ZOO_NAMES
 
 EXAMPLES = 3
-#: of the whole clipped sum in float32: rounding alone leaves 1e-6 to 1e-3, a wrong formula far more
+#: of the whole clipped sum in float32. A Gram norm carries the bound on its own rounding, up to 1 % of
+#: its square, so that a factor may be half a percent low; a wrong formula is off by far more.
 TOLERANCE_FLOAT32 = 1e-2
 #: single-example gradients are held up to this
 ORACLE_BYTES = 4 * 2**30

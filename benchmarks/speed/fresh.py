@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 #: glibc then gives every larger block pages of its own and takes them back when it is freed, so that
 #: resident memory is what is alive; left to itself it keeps some of what was freed
-OWN_PAGES = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+OWN_PAGES = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144", "MALLOC_ARENA_MAX": "1"}
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Try:
     precision: str = "fp32"
     small: bool = False
     memory_budget: float | None = None
-    steps: int = 2
+    steps: int = 1
     limit_bytes: int | None = None
     own_pages: bool = True
     count_tensors: bool = False

@@ -27,6 +27,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--peers", default="", help=f"by commas: {', '.join(PEERS)}")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32")
+    parser.add_argument("--usual", action="store_true", help="also with the allocator as it is")
     parser.add_argument("--tensors", action="store_true", help="also count tensors and say where they peak")
     parser.add_argument("--small", action="store_true", help="tiny forms of the cases: tries the code only")
     parser.add_argument("--out", type=Path)
@@ -43,12 +44,11 @@ def main(argv: list[str]) -> int:
     for name in names:
         budget = args.budget if name in args.method.split(",") else None
         attempt = Try(args.model, name, size, args.device, args.precision, args.small, budget)
-        results[name] = peak_of(attempt, args.tensors)
-    base = min(results[name]["peak_bytes"] for name in names[:2])
-    for name, result in results.items():
+        result = results[name] = peak_of(attempt, args.usual, args.tensors)
         if result["status"] == "ok":
+            base = min(r["peak_bytes"] for n, r in results.items() if n in names[:2])
             result["ratio_to_non_private"] = result["peak_bytes"] / base
-        print(line(name, result))
+        print(line(name, result), flush=True)
     record = {
         "kind": "memory",
         "case": {
@@ -65,13 +65,13 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def peak_of(attempt: Try, count_tensors: bool) -> dict[str, Any]:
-    """With pages of their own for all tensors, and with the allocator as it is."""
+def peak_of(attempt: Try, usual: bool, count_tensors: bool) -> dict[str, Any]:
+    """With pages of their own for all tensors; on request with the allocator as it is."""
     result = run(attempt)
     if result["status"] == "ok" and attempt.device == "cpu":
-        usual = run(replace(attempt, own_pages=False))
-        result["peak_bytes_with_usual_allocator"] = usual.get("peak_bytes")
-        result["physical_step_s"] = usual.get("physical_step_s")
+        if usual:
+            as_it_is = run(replace(attempt, own_pages=False))
+            result["peak_bytes_with_usual_allocator"] = as_it_is.get("peak_bytes")
         if count_tensors:
             result |= run(replace(attempt, count_tensors=True))
     return result

@@ -24,6 +24,7 @@ def opacus(task: Task) -> Contestant:
         noise_multiplier=1.0,
         max_grad_norm=task.clip_norm,
         expected_batch_size=16 * task.batch_size,
+        loss_reduction="sum",
     )
 
     def step() -> None:
@@ -34,7 +35,6 @@ def opacus(task: Task) -> Contestant:
 
     def end() -> None:  # the second half of `DPOptimizer.pre_step`, whose first ended the last batch
         optimizer.add_noise()
-        optimizer.scale_grad()
         optimizer.original_optimizer.step()
         optimizer._is_last_step_skipped = False
         optimizer.zero_grad(set_to_none=True)
@@ -58,6 +58,7 @@ def opacus_ghost(task: Task) -> Contestant:
         noise_multiplier=1.0,
         max_grad_norm=task.clip_norm,
         expected_batch_size=16 * task.batch_size,
+        loss_reduction="sum",
     )
 
     def step() -> None:
@@ -69,7 +70,6 @@ def opacus_ghost(task: Task) -> Contestant:
 
     def end() -> None:
         optimizer.add_noise()
-        optimizer.scale_grad()
         optimizer.original_optimizer.step()
         optimizer._is_last_step_skipped = False
         optimizer.zero_grad(set_to_none=True)
