@@ -5,6 +5,7 @@ python -m benchmarks.speed bit-50x1 --method auto,bk-ghost --peers opacus,fastdp
 python -m benchmarks.speed vit-tiny --compiled
 python -m benchmarks.speed memory --model vit-small --batch 16 --budget 1.05
 python -m benchmarks.speed roofline --out results/cpu-roofline.json
+python -m benchmarks.speed largest --model vit-base --gib 40 --device cuda
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from . import memory, roofline
+from . import largest, memory, roofline
 from .cases import CASES, SMALL
 from .environment import save
 from .measure import Settings, is_exact, measure
@@ -105,10 +106,9 @@ def show(record: dict[str, Any]) -> None:
 
 
 def main(argv: list[str]) -> int:
-    if argv[:1] == ["memory"]:
-        return memory.main(argv[1:])
-    if argv[:1] == ["roofline"]:
-        return roofline.main(argv[1:])
+    others = {"memory": memory.main, "roofline": roofline.main, "largest": largest.main}
+    if argv and argv[0] in others:
+        return others[argv[0]](argv[1:])
     args = arguments(argv)
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore")  # those of peers, mostly

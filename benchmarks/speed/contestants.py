@@ -82,16 +82,17 @@ class Contestant:
 def split(spec: str) -> tuple[str, set[str]]:
     """``auto+compiled+channels_last`` -> ``auto``, the two options."""
     name, *options = spec.split("+")
-    unknown = set(options) - {"compiled", "channels_last"}
+    unknown = set(options) - {"compiled", "graphs", "channels_last"}
     if unknown:
-        raise ValueError(f"{spec}: the options of a contestant are compiled and channels_last.")
+        raise ValueError(f"{spec}: the options of a contestant are compiled, graphs and channels_last.")
     return name, set(options)
 
 
 def non_private(task: Task, spec: str) -> Contestant:
     """Ordinary training: ``kept``, whose .grad buffers stay, or ``fresh``, whose are made anew.
 
-    Either accumulates over the physical batches of a logical one.
+    Either accumulates over the physical batches of a logical one. ``+compiled`` is torch.compile,
+    ``+graphs`` the same with CUDA graphs.
     """
     variant, options = split(spec)
     model = task.model("channels_last" in options)
@@ -101,7 +102,13 @@ def non_private(task: Task, spec: str) -> Contestant:
     def total_loss(batch: Any) -> Tensor:
         return task.loss_fn(model, batch).sum()
 
-    run = torch.compile(total_loss, dynamic=False) if "compiled" in options else total_loss
+    run = total_loss
+    if options & {"compiled", "graphs"}:
+        mode = "reduce-overhead" if "graphs" in options else None
+        run = torch.compile(total_loss, dynamic=False, mode=mode)
+    if variant == "kept":  # buffers of our own, also where a graph would hand out its memory
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
 
     def step() -> None:
         run(batch).backward()
@@ -119,6 +126,8 @@ def non_private(task: Task, spec: str) -> Contestant:
 def private(task: Task, spec: str, memory_budget: float | None = None) -> Contestant:
     """dptrain by a method of its table."""
     method, options = split(spec)
+    if "graphs" in options:
+        raise Unsupported("graphs are an option of non-private training; compiled covers dptrain's.")
     model = task.model("channels_last" in options)
     batch = task.examples("channels_last" in options)
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)

@@ -34,7 +34,7 @@ class Try:
     Attributes:
         contestant: see ``measure.enter``.
         steps: logical steps of two physical ones, after as many to warm up.
-        limit_bytes: of a GPU's memory, or of a CPU process's address space.
+        limit_bytes: of a GPU's memory, or by which a CPU process's address space may grow.
         own_pages: see ``OWN_PAGES``; False leaves the allocator as it is.
         count_tensors: count bytes of tensors at each operation (CPU only, eager only).
     """
@@ -150,7 +150,13 @@ def limit(attempt: Try) -> None:
         total = torch.cuda.get_device_properties(attempt.device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, attempt.limit_bytes / total))
     else:
-        resource.setrlimit(resource.RLIMIT_AS, (attempt.limit_bytes, attempt.limit_bytes))
+        room = mapped_bytes() + attempt.limit_bytes
+        resource.setrlimit(resource.RLIMIT_AS, (room, room))
+
+
+def mapped_bytes() -> int:
+    """Address space of this process: with a GPU's libraries, many GiB before anything is done."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
 
 
 class Resident:

@@ -223,8 +223,12 @@ def line(name: str, row: dict[str, Any]) -> str:
     ways = ", ".join(
         f"{int(sums['uses'])} {way} {1e3 * sums['seconds']:.1f} ms" for way, sums in added["by_way"].items()
     )
-    return (
-        f"  {name:<14} ordinary {plain['flops'] / 1e9:7.1f} GFLOP, "
-        f"{plain['bytes_of_operations'] / 1e9:6.2f} GB, {1e3 * plain['seconds']:7.1f} ms; "
-        f"added {added['flops'] / 1e9:6.2f} GFLOP, {added['bytes'] / 1e9:5.2f} GB, {1e3 * added['seconds']:6.1f} ms ({ways}); ratio allowed {row['ratio_allowed']:.3f}"
+    return "; ".join(
+        [
+            f"  {name:<14} ordinary {plain['flops'] / 1e9:.1f} GFLOP, "
+            f"{plain['bytes_of_operations'] / 1e9:.2f} GB, {1e3 * plain['seconds']:.1f} ms",
+            f"added {added['flops'] / 1e9:.2f} GFLOP, {added['bytes'] / 1e9:.2f} GB, "
+            f"{1e3 * added['seconds']:.1f} ms ({ways})",
+            f"ratio allowed {row['ratio_allowed']:.3f}",
+        ]
     )
