@@ -94,6 +94,7 @@ def show(record: dict[str, Any]) -> None:
             verdict, timed = r["float64"], r["as_timed"]
             error = verdict.get("error_of_sum")
             exact = verdict["verdict"] + (f" {error:.0e}" if error is not None else "")
+            exact += f" ({verdict['sentence']})" if verdict.get("sentence") else ""
             exact += f", as timed {timed['relative_error']:.0e}" if timed else ""
         print(
             f"  {name:<32} {first:8.1f} / {later:8.1f} ms a first / later step, {end:6.1f} ms to end, "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from typing import Any
 
 import torch
@@ -85,18 +87,18 @@ def fastdp(task: Task) -> Contestant:
         raise Unsupported(str(error)) from error
     model = task.model()
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
-    engine: Any = package.PrivacyEngine(
-        model,
-        batch_size=16 * task.batch_size,
-        sample_size=160 * task.batch_size,
-        epochs=1,
-        noise_multiplier=1.0,
-        max_grad_norm=task.clip_norm,
-        clipping_fn="Abadi",
-        loss_reduction="sum",
-        origin_params=None,
-    )
-    engine.attach(optimizer)
+    with contextlib.redirect_stdout(io.StringIO()):  # it lists all layers
+        engine: Any = package.PrivacyEngine(
+            model,
+            batch_size=16 * task.batch_size,
+            sample_size=160 * task.batch_size,
+            epochs=1,
+            noise_multiplier=1.0,
+            max_grad_norm=task.clip_norm,
+            clipping_fn="Abadi",
+            loss_reduction="sum",
+        )
+        engine.attach(optimizer)
 
     def step() -> None:
         task.loss_fn(model, task.batch).sum().backward()

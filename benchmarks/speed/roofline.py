@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 import dptrain.torch as dpt
 from dptrain.torch.uses.convolution import Convolution
@@ -131,6 +131,12 @@ def shifted_gram(name: str, fact: Any, batch_size: int, half: float) -> Extra:
     return Extra(name, fact.operation, "gram of pixels", products + window, grams, grams + window * ITEMSIZE)
 
 
+def convolution_backward_flops(grad, image, weight, *rest: Any, out_shape: Any = None, **_: Any) -> int:
+    """As many as forward for each of both gradients; torch's own count overlooks groups."""
+    transposed, output_mask = rest[4], rest[7]
+    return sum(output_mask[:2]) * conv_flop_count(image, weight, grad, transposed=transposed)
+
+
 def ordinary(case: Case, batch: Any, device: str, repeats: int) -> dict[str, float]:
     """Operations, bytes and seconds of an ordinary forward and backward pass."""
     model = case.build(device)
@@ -138,7 +144,8 @@ def ordinary(case: Case, batch: Any, device: str, repeats: int) -> dict[str, flo
     def step() -> None:
         case.loss_fn(model, batch).sum().backward()
 
-    with FlopCounterMode(display=False) as flops, Traffic() as traffic:
+    grouped = {torch.ops.aten.convolution_backward: convolution_backward_flops}
+    with FlopCounterMode(display=False, custom_mapping=grouped) as flops, Traffic() as traffic:
         step()
     times = [seconds(step, device) for _ in range(repeats + 1)][1:]
     return {
