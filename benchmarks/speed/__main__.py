@@ -48,6 +48,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=90, help="limit of the timed part of a case")
     parser.add_argument("--precise", type=float, default=0.005, help="stop when ratios are known to this")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--poisson-steps", type=int, default=0, help="count compilations in so many")
     parser.add_argument("--no-check", action="store_true", help="no exactness (while tuning)")
     parser.add_argument("--small", action="store_true", help="tiny forms of the cases: tries the code only")
     parser.add_argument("--out", type=Path, help="the record; with several cases a folder")
@@ -72,6 +73,7 @@ def settings(args: argparse.Namespace, convolutional: bool) -> Settings:
         accumulate=args.accumulate,
         limit_s=args.seconds,
         precise=args.precise,
+        poisson_steps=args.poisson_steps,
         check=not args.no_check,
         memory_budget=args.memory_budget,
     )
@@ -96,6 +98,8 @@ def show(record: dict[str, Any]) -> None:
             exact = verdict["verdict"] + (f" {error:.0e}" if error is not None else "")
             exact += f" ({verdict['sentence']})" if verdict.get("sentence") else ""
             exact += f", as timed {timed['relative_error']:.0e}" if timed else ""
+        if "recompilations" in r:
+            exact += f", {r['recompilations']} recompilations in {case['poisson_steps']} Poisson steps"
         print(
             f"  {name:<32} {first:8.1f} / {later:8.1f} ms a first / later step, {end:6.1f} ms to end, "
             f"ratio {r['ratio_to_non_private']:.3f} ({low:.3f} to {high:.3f}, n = {rounds})"

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 from dptrain.torch import Refused
 
 from . import contestants as ways
-from . import exactness, race
+from . import compilations, exactness, race
 from .cases import Case, arithmetic, under_autocast
 from .contestants import Contestant, Task, Unsupported
 from .environment import Quiet, environment
@@ -30,6 +30,7 @@ class Settings:
         peers: other libraries.
         accumulate: physical batches in a logical one.
         limit_s: of the timed part.
+        poisson_steps: with random masks, untimed, in which compilations are counted.
         precise: what the ratios are to be known to; see ``race.uncertainty``.
     """
 
@@ -42,6 +43,7 @@ class Settings:
     accumulate: int = 16
     limit_s: float = 90.0
     precise: float = 0.005
+    poisson_steps: int = 0
     check: bool = True
     memory_budget: float | None = None
 
@@ -60,6 +62,12 @@ def measure(case: Case, settings: Settings, say: Callable[[str], None] = print) 
             racing, results = assemble(task, settings, reference, say)
             del reference
             race.race(racing, settings.accumulate, settings.limit_s, settings.precise, settings.device)
+        for contestant in racing:
+            count = compilations.during_poisson_steps(
+                contestant, size, settings.poisson_steps, settings.device
+            )
+            if count is not None:
+                results[contestant.name]["recompilations"] = count
     base = race.best(racing, settings.accumulate)
     for contestant in racing:
         results[contestant.name] |= figures(contestant, base, settings.accumulate)
@@ -78,6 +86,7 @@ def measure(case: Case, settings: Settings, say: Callable[[str], None] = print) 
             "precision": settings.precision,
             "accumulate": settings.accumulate,
             "memory_budget": settings.memory_budget,
+            "poisson_steps": settings.poisson_steps,
         },
         "environment": environment(settings.device),
         "quiet": quiet.record(),

@@ -28,7 +28,7 @@ def losses(model, batch):
 
 
 CASE = Case("two layers", two_layers, labelled, losses, 4)
-QUICK = Settings(methods=("auto", "ghost"), limit_s=0.0, accumulate=3)
+QUICK = Settings(methods=("auto", "ghost"), limit_s=0.0, accumulate=3, poisson_steps=3)
 
 
 def silent(_: str) -> None:
@@ -43,6 +43,7 @@ def test_a_record_has_the_best_baseline_and_exact_results():
     assert results[record["baseline"]]["logical_step_s"] == min(ordinary)
     assert results["auto"]["float64"]["verdict"] == "exact"
     assert results["auto"]["as_timed"] == {"examples": 4, "relative_error": pytest.approx(0, abs=1e-5)}
+    assert results["auto"]["recompilations"] == 0
     assert len(results["auto"]["raw_end_of_logical_step_s"]) == race.LEAST_ROUNDS
     assert is_exact(record)
 
