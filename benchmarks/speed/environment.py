@@ -36,6 +36,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "changed_since_commit": bool(git("status", "--porcelain", "--", "../../dptrain", ".")),
         "versions": {name: version_of(name) for name in ("torch", "timm", "transformers", "numpy")},
         "python": platform.python_version(),
+        "device": device,
         "machine": machine(device),
         "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d"),

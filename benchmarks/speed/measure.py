@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_map
 
 from dptrain.torch import Refused
 
-from . import contestants as ways
 from . import compilations, exactness, race
+from . import contestants as ways
 from .cases import Case, arithmetic, under_autocast
 from .contestants import Contestant, Task, Unsupported
 from .environment import Quiet, environment
