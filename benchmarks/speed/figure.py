@@ -13,13 +13,15 @@ from matplotlib.axes import Axes
 
 from .tables import best, bookkeeping, of_kind, ours, plain, title
 
+DARK, LIGHT, GREY, PALE = "#1b6ca8", "#7fb2d9", "#9a9a9a", "#d0d0d0"
 #: label, colour, and whom it shows
 SERIES = (
-    ("dptrain, auto", "#1b6ca8", ours),
-    ("dptrain, book-keeping", "#7fb2d9", bookkeeping),
-    ("Opacus", "#9a9a9a", lambda record: best(record, "opacus", "opacus-ghost")),
-    ("FastDP", "#d0d0d0", lambda record: best(record, "fastdp")),
+    ("dptrain, auto", DARK, ours),
+    ("dptrain, book-keeping", LIGHT, bookkeeping),
+    ("Opacus", GREY, lambda record: best(record, "opacus", "opacus-ghost")),
+    ("FastDP", PALE, lambda record: best(record, "fastdp")),
 )
+INK = {DARK: "white", LIGHT: "black", GREY: "white", PALE: "black"}
 HEIGHT = 0.8
 
 
@@ -40,8 +42,9 @@ def draw(found: dict[str, dict[str, Any]], path: Path, device: str = "cpu") -> N
         if bound and plain(record):
             axis.plot([bound] * 2, [place - HEIGHT / 2, place + HEIGHT / 2], color="#c0392b", linewidth=2)
     axis.plot([], [], color="#c0392b", linewidth=2, label="the roofline")
-    for label, colour, _ in SERIES:
-        axis.barh([0], [0], color=colour, label=label)
+    for label, colour, who in SERIES:
+        if any(who(record) for record in records):
+            axis.barh([0], [0], color=colour, label=label)
     axis.axvline(1.0, color="black", linewidth=1, linestyle="--")
     axis.set_yticks(range(len(records)), [title(record) for record in records])
     axis.invert_yaxis()
@@ -65,4 +68,4 @@ def bars(axis: Axes, place: int, record: dict[str, Any]) -> None:
         where = place + (i - (len(shown) - 1) / 2) * height
         hatch = {"hatch": "///", "edgecolor": "white"} if skipped else {}
         axis.barh(where, value, 0.92 * height, color=colour, **hatch)
-        axis.text(value - 0.01, where, f"{value:.2f}", ha="right", va="center", fontsize=7)
+        axis.text(value - 0.01, where, f"{value:.2f}", ha="right", va="center", fontsize=7, color=INK[colour])
