@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -115,9 +116,11 @@ def assemble(
     racing, results = [], {}
     for name in wanted:
         try:
-            contestant = enter(task, name, settings.memory_budget)
-            as_timed = reference.judge(contestant) if reference else None
-            race.warm_up(contestant, settings.device)
+            with warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always")
+                contestant = enter(task, name, settings.memory_budget)
+                as_timed = reference.judge(contestant) if reference else None
+                race.warm_up(contestant, settings.device)
         except Exception as error:
             results[name] = failure(error)
             say(f"  {name:<32} {results[name]['status']}: {results[name]['sentence']}")
@@ -129,7 +132,11 @@ def assemble(
             "warm_up_s": contestant.warm_up_s,
             "plan": contestant.plan(),
             "as_timed": as_timed,
+            "warnings": sorted({str(w.message).split("\n")[0][:300] for w in warned}),
         }
+        if contestant.kind == "dptrain":  # that it runs uncompiled, say
+            for sentence in results[name]["warnings"]:
+                say(f"  {name:<32} warns: {sentence}")
     return racing, results
 
 
