@@ -40,8 +40,20 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "machine": machine(device),
         "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d"),
-        "command": "python -m benchmarks.speed " + " ".join(sys.argv[1:]),
+        "command": command(sys.argv[1:]),
     }
+
+
+def command(arguments: list[str]) -> str:
+    """As it was given; of files and folders, whose place is nobody's business, only the names."""
+    names = [Path(a).name if a.startswith(("/", "~")) else a for a in arguments]
+    return "python -m benchmarks.speed " + " ".join(names)
+
+
+def without_places(traceback: str) -> str:
+    """A traceback whose paths begin at the repository or the interpreter's libraries."""
+    root = str(Path(__file__).resolve().parents[2]) + os.sep
+    return traceback.replace(root, "").replace(sys.prefix + os.sep, "")
 
 
 def machine(device: str) -> dict[str, Any]:

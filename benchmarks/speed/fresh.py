@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .environment import without_places
+
 ROOT = Path(__file__).resolve().parents[2]
 #: glibc then gives every larger block pages of its own and takes them back when it is freed, so that
 #: resident memory is what is alive; left to itself it keeps some of what was freed
@@ -71,7 +73,7 @@ def run(attempt: Try, timeout_s: float = 600.0) -> dict[str, Any]:
     last = done.stderr.strip().splitlines()[-1:] or ["no message"]
     if "bad_alloc" in done.stderr:
         return {"status": "out-of-memory", "sentence": last[0][:300]}
-    return {"status": "error", "sentence": last[0][:300], "traceback": done.stderr[-4000:]}
+    return {"status": "error", "sentence": last[0][:300], "traceback": without_places(done.stderr[-4000:])}
 
 
 # ---------------------------------------------------------------- in the fresh process

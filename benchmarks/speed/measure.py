@@ -17,7 +17,7 @@ from . import compilations, exactness, race
 from . import contestants as ways
 from .cases import Case, arithmetic, under_autocast
 from .contestants import Contestant, Task, Unsupported
-from .environment import Quiet, environment
+from .environment import Quiet, environment, without_places
 from .peers import PEERS
 
 
@@ -147,7 +147,7 @@ def failure(error: Exception) -> dict[str, Any]:
         return {"status": "unsupported", "sentence": sentence}
     if ran_out_of_memory(error):
         return {"status": "out-of-memory", "sentence": sentence}
-    return {"status": "error", "sentence": sentence, "traceback": traceback.format_exc()}
+    return {"status": "error", "sentence": sentence, "traceback": without_places(traceback.format_exc())}
 
 
 def ran_out_of_memory(error: Exception) -> bool:
