@@ -62,6 +62,8 @@ def title(record: Record) -> str:
         parts.append(case["precision"])
     if any("compiled" in name for name, r in record["contestants"].items() if r["status"] == "ok"):
         parts.append("compiled")
+    if any(r.get("kind") == "peer" for r in record["contestants"].values()):
+        parts.append("peers in the process")
     if case.get("memory_budget"):
         parts.append(f"memory budget {case['memory_budget']:g}")
     return ", ".join(parts)
@@ -188,8 +190,8 @@ def roofline(found: dict[str, Record]) -> Rows:
 
 
 def plain(record: Record) -> bool:
-    """Eager, without a budget: what the roofline speaks of."""
-    return "compiled" not in title(record) and not record["case"].get("memory_budget")
+    """Eager, alone, without a budget: what the roofline speaks of."""
+    return title(record).count(",") == 1
 
 
 def remaining(found: dict[str, Record]) -> Rows:
