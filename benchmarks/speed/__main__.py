@@ -3,7 +3,7 @@
 python -m benchmarks.speed vit-tiny --out results/cpu-speed-vit-tiny.json
 python -m benchmarks.speed bit-50x1 --method auto,bk-ghost --peers opacus,fastdp --channels-last
 python -m benchmarks.speed vit-tiny --compiled
-python -m benchmarks.speed memory --model vit-small --batch 16 --budget 1.05
+python -m benchmarks.speed memory --model vit-small --batch 16 --budget 64
 python -m benchmarks.speed roofline --out results/cpu-roofline.json
 python -m benchmarks.speed largest --model vit-base --gib 40 --device cuda
 """
@@ -43,7 +43,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="physical batch size; by default the case's")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32")
-    parser.add_argument("--memory-budget", type=float, help="of auto: peak against non-private")
+    parser.add_argument("--memory-budget", type=float, help="of auto, in MiB")
     parser.add_argument("--accumulate", type=int, default=16, help="physical batches in a logical one")
     parser.add_argument("--seconds", type=float, default=90, help="limit of the timed part of a case")
     parser.add_argument("--precise", type=float, default=0.005, help="stop when ratios are known to this")
@@ -75,7 +75,7 @@ def settings(args: argparse.Namespace, convolutional: bool) -> Settings:
         precise=args.precise,
         poisson_steps=args.poisson_steps,
         check=not args.no_check,
-        memory_budget=args.memory_budget,
+        memory_budget=None if args.memory_budget is None else round(args.memory_budget * 2**20),
     )
 
 

@@ -123,8 +123,8 @@ def non_private(task: Task, spec: str) -> Contestant:
     return Contestant(f"non-private {spec}", "non-private", step, end)
 
 
-def private(task: Task, spec: str, memory_budget: float | None = None) -> Contestant:
-    """dptrain by a method of its table."""
+def private(task: Task, spec: str, memory_budget: int | None = None) -> Contestant:
+    """dptrain by a method of its table; a memory budget, in bytes, is for ``auto``."""
     method, options = split(spec)
     if "graphs" in options:
         raise Unsupported("graphs are an option of non-private training; compiled covers dptrain's.")
@@ -139,7 +139,7 @@ def private(task: Task, spec: str, memory_budget: float | None = None) -> Contes
         expected_batch_size=16 * task.batch_size,
     )
     wishes = {"compile": True} if "compiled" in options else {}
-    if memory_budget is not None:
+    if memory_budget is not None and method == "auto":
         wishes["memory_budget"] = memory_budget
     known = inspect.signature(dpt.clipped_grad).parameters
     for wish in wishes:

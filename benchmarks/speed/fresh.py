@@ -47,7 +47,7 @@ class Try:
     device: str = "cpu"
     precision: str = "fp32"
     small: bool = False
-    memory_budget: float | None = None
+    memory_budget: int | None = None
     steps: int = 1
     limit_bytes: int | None = None
     own_pages: bool = True

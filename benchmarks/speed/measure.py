@@ -46,7 +46,7 @@ class Settings:
     precise: float = 0.005
     poisson_steps: int = 0
     check: bool = True
-    memory_budget: float | None = None
+    memory_budget: int | None = None
 
 
 def measure(case: Case, settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def measure(case: Case, settings: Settings, say: Callable[[str], None] = print) 
     }
 
 
-def enter(task: Task, name: str, memory_budget: float | None = None) -> Contestant:
+def enter(task: Task, name: str, memory_budget: int | None = None) -> Contestant:
     """A contestant by name: ``non-private kept``, ``opacus``, or a method of dptrain's table.
 
     Raises:

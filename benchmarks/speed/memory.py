@@ -1,6 +1,6 @@
 """Peak memory of a training step, each contestant in a fresh process.
 
-python -m benchmarks.speed memory --model vit-small --batch 16 --method auto,bk-mix-opt --budget 1.05
+python -m benchmarks.speed memory --model vit-small --batch 16 --method auto,bk-mix-opt --budget 64
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--model", default="vit-small", choices=list(CASES))
     parser.add_argument("--batch", type=int, help="physical batch size; by default the case's")
     parser.add_argument("--method", default="auto", help="of dptrain, by commas")
-    parser.add_argument("--budget", type=float, help="of auto: peak against non-private")
+    parser.add_argument("--budget", type=float, help="of auto, in MiB: see dptrain.torch.clipped_grad")
     parser.add_argument("--peers", default="", help=f"by commas: {', '.join(PEERS)}")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32")
@@ -42,7 +42,8 @@ def main(argv: list[str]) -> int:
     names += [p for p in args.peers.split(",") if p]
     results: dict[str, Any] = {}
     for name in names:
-        budget = args.budget if name in args.method.split(",") else None
+        given = args.budget is not None and name.split("+")[0] == "auto"
+        budget = round(args.budget * 2**20) if given else None
         attempt = Try(args.model, name, size, args.device, args.precision, args.small, budget)
         result = results[name] = peak_of(attempt, args.usual, args.tensors)
         if result["status"] == "ok":
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> int:
             "batch_size": size,
             "device": args.device,
             "precision": args.precision,
-            "memory_budget": args.budget,
+            "memory_budget": None if args.budget is None else round(args.budget * 2**20),
         },
         "environment": environment(args.device),
         "contestants": results,

@@ -65,7 +65,7 @@ def title(record: Record) -> str:
     if any(r.get("kind") == "peer" for r in record["contestants"].values()):
         parts.append("peers in the process")
     if case.get("memory_budget"):
-        parts.append(f"memory budget {case['memory_budget']:g}")
+        parts.append(f"{case['memory_budget'] / 2**20:g} MiB to hold")
     return ", ".join(parts)
 
 
@@ -125,7 +125,7 @@ def memory(found: dict[str, Record], device: str = "cpu") -> Rows:
             if r["status"] != "ok":
                 continue
             budget = case.get("memory_budget")
-            what = name + (f", budget {budget:g}" if budget and name == "auto" else "")
+            what = name + (f", {budget / 2**20:g} MiB to hold" if budget and name == "auto" else "")
             rows.append(
                 f"| {case['name']}, batch {case['batch_size']} | {what} | {r['peak_bytes'] / GIB:.2f} GiB | "
                 f"{r['ratio_to_non_private']:.2f} | `results/{file}` |"
