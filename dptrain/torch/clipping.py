@@ -92,11 +92,11 @@ class ClippedGrad:
         clip_norm: float,
         method: Method,
         allow_unused: bool,
-        options: Options = Options(),
+        options: Options | None = None,
     ):
         self.model, self.loss_fn = model, loss_fn
         self.clip_norm, self.method, self.allow_unused = clip_norm, method, allow_unused
-        self.options = options
+        self.options = options or Options()
         self.plans: dict[Any, Plan] = {}
         self._workspace = Workspace()
 

@@ -86,7 +86,7 @@ def make_plan(
     findings: Findings,
     batch_size: int,
     device: torch.device,
-    options: Options = Options(),
+    options: Options | None = None,
     stopwatch: Stopwatch | None = None,
 ) -> Plan:
     """Choose a route for each group.
@@ -98,7 +98,7 @@ def make_plan(
     Raises:
         Refused: a route that was asked for is not one of a parameter's.
     """
-    machine = GPU if device.type == "cuda" else CPU
+    machine, options = GPU if device.type == "cuda" else CPU, options or Options()
     seen = [_reached(group, findings) for group in findings.groups]
     if method.capture is Capture.PLANNED:
         routes = _planned(findings, seen, batch_size, machine, options, stopwatch)

@@ -263,13 +263,13 @@ def _product(r1: Side, c1: Side, r2: Side, c2: Side, dtype: torch.dtype) -> tupl
     bound = gram.error_bound(
         (r1.squared(dtype) * r2.squared(dtype)).sqrt(),
         (c1.squared(dtype) * c2.squared(dtype)).sqrt(),
-        rr.square().sum(2).sum(1),
-        cc.square().sum(2).sum(1),
+        gram.row_squares(rr.unsqueeze(1)),
+        gram.row_squares(cc.unsqueeze(1)),
         gram.chunked_gamma(min(r1.terms, r2.terms), dtype),
         gram.chunked_gamma(min(c1.terms, c2.terms), dtype),
-        rr.shape[1] + rr.shape[2],
+        rr[0].numel(),
     )
-    return (rr * cc).sum(2).sum(1), bound
+    return gram.total((rr * cc).unsqueeze(1)).to(dtype), bound
 
 
 def tied_gradients(factors: list[tuple[Side, Side]], leaf: torch.Size) -> Tensor:

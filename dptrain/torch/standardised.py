@@ -44,12 +44,16 @@ class Standardisation:
     def norms(self, gradients: Tensor) -> tuple[Tensor, Tensor]:
         """Squared norms ``[B]`` at the leaf from gradients ``[B, *value]``, and a bound on their error."""
         g = gradients.flatten(2)
-        whole = torch.linalg.vector_norm(g, dim=2).square()  # [B, O]
-        along = (g * self.weight).sum(2)
-        squared = self._joined(whole.mv(self.scale.square()), g.sum(2), along)
-        # each of the three numbers is off by gamma_n times what it would be if nothing cancelled
-        rounding = 8 * gamma(self.fan_in + 8, g.dtype)
-        return squared, rounding * whole.mv(self.scale.square())
+        chunk = _chunk(self.fan_in)
+        split = g.unflatten(2, (-1, chunk))
+        whole = torch.linalg.vector_norm(split, dim=3).double().square().sum(2)  # [B, O]
+        total = split.sum(3).double().sum(2)
+        # one example at a time: its product stays in the cache
+        along = torch.stack([(one * self.weight).unflatten(1, (-1, chunk)).sum(2) for one in g])
+        squared = self._joined(whole.mv(self.scale.double().square()), total, along.double().sum(2))
+        # each of the three numbers is off by gamma times what it would be if nothing cancelled
+        rounding = 8 * gamma(chunk + 8, g.dtype) * whole.mv(self.scale.double().square())
+        return squared.to(g.dtype), (rounding + self._slack(squared)).to(g.dtype)
 
     def pulled_back(self, gradients: Tensor) -> Tensor:
         """Gradients at the leaf ``[B, O, n]``: slower than their norms, and without cancellation."""
@@ -82,20 +86,32 @@ class Standardisation:
         def per_example(rows: Tensor) -> Tensor:
             return layout.examples_first(rows, batch_size, 1).sum(1)
 
-        total = per_example(torch.bmm(by_channel, sums.unsqueeze(2)).squeeze(2))
-        along = per_example((by_channel * result.flatten(2)).sum(2))
-        magnitude = per_example(torch.bmm(by_channel.abs(), lengths.unsqueeze(2)).squeeze(2))
-        # both are sums over positions and fan-in of terms that add up to |patch| |g| sqrt(n) at most
+        # what all of a patch shares is large where activations are positive, and is all but lost: in float64
+        total = per_example(torch.bmm(by_channel.double(), sums.unsqueeze(2)).squeeze(2))
+        along = per_example((by_channel * result.flatten(2)).sum(2)).double()
+        magnitude = per_example(torch.bmm(by_channel.abs(), lengths.unsqueeze(2)).squeeze(2)).double()
+        squared = self._joined(whole.double(), total, along)
+        # what the convolution yields is a sum over the fan-in of terms that come to |patch| sqrt(n) at most,
+        # and so is the inner product of w' and 1
         n = self.fan_in
         slip = gamma(2 * n + by_channel.shape[2] + 8, g.dtype) * math.sqrt(n) * magnitude
-        extra = (2 * (total.abs() + 2 * along.abs()) * slip + 3 * slip.square()) / n
-        bound = bound + extra.mv(self.scale.square()) + 8 * gamma(n, g.dtype) * whole.abs()
-        return self._joined(whole, total, along), bound
+        extra = ((4 * along.abs() * slip + 2 * slip.square()) / n).mv(self.scale.double().square())
+        rounding = 8 * gamma(1, g.dtype) * whole.double().abs()
+        return squared.to(g.dtype), (bound.double() + extra + rounding + self._slack(squared)).to(g.dtype)
 
     def _joined(self, whole: Tensor, total: Tensor, along: Tensor) -> Tensor:
-        """From ``sum_o |g|^2 / (v + eps)`` ``[B]``, ``1^T g`` and ``w'^T g`` ``[B, O]``."""
-        lost = (total.square() + (2 - self.rho) * along.square()) / self.fan_in
-        return whole - lost.mv(self.scale.square())
+        """From ``sum_o |g|^2 / (v + eps)`` ``[B]``, ``1^T g`` and ``w'^T g`` ``[B, O]``, in float64."""
+        lost = (total.square() + (2 - self.rho.double()) * along.square()) / self.fan_in
+        return whole - lost.mv(self.scale.double().square())
+
+    def _slack(self, squared: Tensor) -> Tensor:
+        """What the rounding of the mean and the variance behind ``scale`` can change."""
+        return 4 * gamma(self.fan_in + 8, self.scale.dtype) * squared.abs()
+
+
+def _chunk(features: int) -> int:
+    """The largest number of features, at most 256, that divides them: sums of so many go on in float64."""
+    return next((c for c in range(256, 15, -1) if features % c == 0), features)
 
 
 def _convolve(rule: Convolution, image: Tensor, weight: Tensor) -> Tensor:
@@ -104,9 +120,10 @@ def _convolve(rule: Convolution, image: Tensor, weight: Tensor) -> Tensor:
 
 
 def _patch_sums(rule: Convolution, a: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of the elements of each patch, and its length: ``[N, T]``."""
-    ones = a.new_ones(1, 1, *rule.kernel)
-    sums, squares = (_convolve(rule, t.sum(1, keepdim=True), ones).flatten(1) for t in (a, a.square()))
+    """The sum of the elements of each patch in float64, and its length: ``[N, T]``."""
+    sums = a.sum(1, keepdim=True, dtype=torch.float64)
+    squares = a.square().sum(1, keepdim=True)
+    sums, squares = (_convolve(rule, t, t.new_ones(1, 1, *rule.kernel)).flatten(1) for t in (sums, squares))
     return sums, squares.clamp(min=0).sqrt()
 
 

@@ -149,14 +149,14 @@ class Convolution(Rule):
         bound = gram.error_bound(
             rows.square().sum((1, 2, 3)),
             cc.diagonal(dim1=2, dim2=3).sum((1, 2)),
-            rr.square().sum((1, 2, 3)),
-            cc.square().sum((1, 2, 3)),
+            gram.row_squares(rr),
+            gram.row_squares(cc),
             gram.chunked_gamma(rows.shape[3], rows.dtype),
             gram.chunked_gamma(image.shape[1] // self.groups, rows.dtype)
             + gram.gamma(math.prod(self.kernel), rows.dtype),
-            self.groups + 2 * rows.shape[2],
+            rr[0].numel(),
         )
-        return rr.mul_(cc).sum(3).sum(2).sum(1), bound
+        return gram.total(rr.mul_(cc)).to(rows.dtype), bound
 
     def patch_gram(self, image: Tensor, positions: torch.Size) -> Tensor:
         """Inner products of patches ``[N, E, T, T]``: a patch is made of pixels, so those of pixels are

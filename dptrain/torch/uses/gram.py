@@ -10,12 +10,13 @@ The terms cancel, so rounding is bounded and not hoped for (rule 7). With ``gamm
 
     gamma_R |R|^2 ||C C^T|| + gamma_C |C|^2 ||R R^T|| + gamma_S ||R R^T|| ||C C^T||
 
-in Frobenius norms, gamma_S being that of the summation over positions, taken in stages.
+in Frobenius norms, gamma_S being that of the summation over positions, which is done in float64.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from dptrain.core import precision
 from .base import widen
 
 #: features are summed by chunks, so that the error grows with the size of one and the number of them
-CHUNK = 1024
+CHUNK = 256
 #: rows of blocks for the lower triangle: (1 + 1/3) / 2 of the products
 BLOCKS = 3
 #: positions from which blocks pay for themselves
@@ -51,11 +52,11 @@ def chunked_gamma(features: int, dtype: torch.dtype) -> float:
 
 def products(left: Tensor, right: Tensor) -> Tensor:
     """``left right^T`` over the last two axes, ``[..., T, F], [..., S, F] -> [..., T, S]``."""
-    features = left.shape[-1]
     total = left[..., :CHUNK] @ right[..., :CHUNK].mT
-    for start in range(CHUNK, features, CHUNK):
-        chunk = slice(start, start + CHUNK)
-        total += left[..., chunk] @ right[..., chunk].mT
+    if left.shape[-1] > CHUNK:
+        flat, left, right = (t.flatten(0, -3) for t in (total, left, right))
+        for start in range(CHUNK, left.shape[-1], CHUNK):
+            flat.baddbmm_(left[..., start : start + CHUNK], right[..., start : start + CHUNK].mT)
     return total
 
 
@@ -73,13 +74,13 @@ def squared_norms(rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
     if positions == 1:
         squared = (r2 * c2).sum((1, 2))
         return squared, gamma(rows.shape[3] + cols.shape[3] + groups, dtype) * squared
-    squared, rr2, cc2 = (rows.new_zeros(examples) for _ in range(3))
+    squared, rr2, cc2 = (rows.new_zeros(examples, dtype=torch.float64) for _ in range(3))
     for start, stop in _blocks(positions, positions * examples * groups * rows.element_size()):
         rr = products(rows[:, :, start:stop], rows[:, :, :stop])
         cc = products(cols[:, :, start:stop], cols[:, :, :stop])
-        rr2 += _twice_less_diagonal(rr * rr, start)
-        cc2 += _twice_less_diagonal(cc * cc, start)
-        squared += _twice_less_diagonal(rr.mul_(cc), start)
+        rr2 += _mirrored(row_squares, rr, start)
+        cc2 += _mirrored(row_squares, cc, start)
+        squared += _mirrored(total, rr.mul_(cc), start)
     bound = error_bound(
         r2.sum((1, 2)),
         c2.sum((1, 2)),
@@ -87,9 +88,9 @@ def squared_norms(rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
         cc2,
         chunked_gamma(rows.shape[3], dtype),
         chunked_gamma(cols.shape[3], dtype),
-        groups + 2 * positions,
+        groups * positions**2,
     )
-    return squared, bound
+    return squared.to(dtype), bound
 
 
 def error_bound(
@@ -99,7 +100,7 @@ def error_bound(
     cc2: Tensor,
     row_gamma: float,
     col_gamma: float,
-    positions: int,
+    terms: int,
 ) -> Tensor:
     """The bound of this module, ``[B]``; infinite where something is not finite.
 
@@ -107,13 +108,13 @@ def error_bound(
         r2, c2: ``|R|^2`` and ``|C|^2``, ``[B]``.
         rr2, cc2: squared Frobenius norms of the two matrices.
         row_gamma, col_gamma: of the sum over features behind an entry of either.
-        positions: terms of the longest chain of additions of the inner product.
+        terms: of the inner product, which are added in float64.
     """
     dtype = r2.dtype
-    rr, cc = rr2.sqrt(), cc2.sqrt()
+    rr, cc = rr2.to(dtype).sqrt(), cc2.to(dtype).sqrt()
     bound = row_gamma * r2 * cc
     bound += col_gamma * c2 * rr
-    bound += gamma(positions + 2, dtype) * rr * cc
+    bound += (gamma(4, dtype) + gamma(terms, torch.float64)) * rr * cc
     return (SLACK * bound).nan_to_num(nan=math.inf)
 
 
@@ -124,10 +125,17 @@ def _blocks(positions: int, bytes_per_row: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, positions)) for start in range(0, positions, step)]
 
 
-def _twice_less_diagonal(block: Tensor, start: int) -> Tensor:
-    """Sum over a symmetric matrix's part ``[B, E, rows, :stop]``: entries left of the diagonal block count
-    for their mirror images as well. In stages, so that the error grows with T and not with T^2."""
-    by_row = block.sum(3)
-    if start:
-        by_row += block[..., :start].sum(3)
-    return by_row.sum(2).sum(1)
+def _mirrored(reduce: Callable[[Tensor], Tensor], block: Tensor, start: int) -> Tensor:
+    """A sum over part ``[B, E, rows, :stop]`` of a symmetric matrix: entries left of the diagonal block count
+    for their mirror images as well."""
+    return reduce(block) + reduce(block[..., :start]) if start else reduce(block)
+
+
+def total(block: Tensor) -> Tensor:
+    """The sum of ``[B, E, T, S]`` for each example, in float64."""
+    return block.sum((1, 2, 3), dtype=torch.float64)
+
+
+def row_squares(block: Tensor) -> Tensor:
+    """The sum of squares likewise: a row's in the type of the block, which only rows of millions outgrow."""
+    return torch.linalg.vector_norm(block, dim=3).double().square().sum((1, 2))
