@@ -5,7 +5,8 @@ Probe, plan and rehearse once per input signature, then clip each batch (``batch
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,13 +21,17 @@ from .batch import clip_batch, replace_rows
 from .clipped_sum import ClippedSum
 from .errors import Changed, Misfit, Refused, Unforeseen
 from .guards import check_batch, check_model, listed, trainable
-from .planner import Plan, make_plan
+from .planner import Options, Plan, make_plan
 from .probe import probe
 from .rehearsal import rehearse
+from .stopwatch import stopwatch
 from .trace import Findings
 from .uses.base import widen
+from .workspace import Workspace
 
 LossFn = Callable[[nn.Module, Any], Tensor]
+#: routes that can be asked for
+ROUTES = ("materialise+reuse", "materialise+contract", "gram+contract")
 
 
 def clipped_grad(
@@ -36,6 +41,8 @@ def clipped_grad(
     clip_norm: float,
     method: str = "auto",
     allow_unused: bool = False,
+    memory_budget: int | None = None,
+    routes: Mapping[str, str] | None = None,
 ) -> ClippedGrad:
     """A function from a physical batch to the sum of its clipped per-example gradients.
 
@@ -47,15 +54,32 @@ def clipped_grad(
         method: a name or alias of the table in ``dptrain.core.methods``.
         allow_unused: accept trainable parameters that take no part in the losses; their gradient
             is zero and they still receive noise.
+        memory_budget: of ``auto``: bytes that per-example gradients and recorded operands may hold until
+            the clip factors are known; where nothing fits, a second backward pass replaces them.
+        routes: of ``auto``: ``{pattern of parameter names: route}``, the first that matches, in place of
+            what is fastest: "materialise+reuse", "materialise+contract" or "gram+contract".
 
     Raises:
-        ValueError: a clip norm below 1e-12 or not finite, or an unknown method.
+        ValueError: a clip norm below 1e-12 or not finite, an unknown method, or options of ``auto``
+            that it or another method cannot follow.
     """
     row = methods.resolve(method)
     clip_norm = float(clip_norm)
     if not 1e-12 <= clip_norm < float("inf"):  # below, squares of float32 vanish
         raise ValueError(f"clip_norm must be at least 1e-12 and finite, and is {clip_norm}.")
-    return ClippedGrad(model, loss_fn, clip_norm, row, allow_unused)
+    options = _options(row, memory_budget, routes)
+    return ClippedGrad(model, loss_fn, clip_norm, row, allow_unused, options)
+
+
+def _options(method: Method, memory_budget: int | None, routes: Mapping[str, str] | None) -> Options:
+    if (memory_budget is not None or routes) and method.capture is not methods.Capture.PLANNED:
+        raise ValueError(f"memory_budget and routes are for method='auto', and not for {method.name!r}.")
+    if memory_budget is not None and not memory_budget >= 0:
+        raise ValueError(f"memory_budget must be a number of bytes, and is {memory_budget}.")
+    for name in (routes or {}).values():
+        if name not in ROUTES:
+            raise ValueError(f"route {name!r} is unknown; choose one of: {', '.join(ROUTES)}.")
+    return Options(memory_budget, tuple((routes or {}).items()))
 
 
 class ClippedGrad:
@@ -68,17 +92,22 @@ class ClippedGrad:
         clip_norm: float,
         method: Method,
         allow_unused: bool,
+        options: Options = Options(),
     ):
         self.model, self.loss_fn = model, loss_fn
         self.clip_norm, self.method, self.allow_unused = clip_norm, method, allow_unused
+        self.options = options
         self.plans: dict[Any, Plan] = {}
+        self._workspace = Workspace()
 
-    def __call__(self, batch: Any, mask: Tensor | None = None) -> ClippedSum:
+    def __call__(self, batch: Any, mask: Tensor | None = None, into: ClippedSum | None = None) -> ClippedSum:
         """The clipped sum of one physical batch.
 
         Args:
             batch: a tensor or a tree of tensors with the examples on the leading axis.
             mask: ``[B]`` bool; examples where it is False contribute exactly nothing.
+            into: the sum over earlier batches of this logical one: this batch is added to its buffers in
+                place, which saves a pass over all parameters. Should the step fail half-way, it is emptied.
 
         Raises:
             Refused: no exact result can be promised; says why, and what to do.
@@ -87,12 +116,14 @@ class ClippedGrad:
         batch_size, mask = check_batch(batch, mask)
         parameters = trainable(self.model)
         check_model(self.model, parameters, self.method)
+        self._check_into(into, parameters)
         if mask is not None:
             if not bool(mask.any()):
-                return self._nothing(parameters, batch_size)
+                nothing = self._nothing(parameters, batch_size)
+                return nothing if into is None else into.extended(nothing.norms, nothing.losses)
             batch = replace_rows(batch, mask)
         if self.method.capture in (methods.Capture.USES, methods.Capture.PLANNED):
-            return self._clip(parameters, batch, mask, batch_size)
+            return self._clip(parameters, batch, mask, batch_size, into)
         grads, norms, losses = baselines.run(
             self.method,
             self.model,
@@ -104,10 +135,28 @@ class ClippedGrad:
             self.clip_norm,
         )
         bound = self.clip_norm if self.method.is_private else float("inf")
-        return ClippedSum(grads, norms, losses, bound)
+        part = ClippedSum(grads, norms, losses, bound)
+        return part if into is None else into.add_(part)
+
+    def _check_into(self, into: ClippedSum | None, parameters: dict[str, Tensor]) -> None:
+        """Raises ValueError: the sum is not one of these parameters and this clip norm."""
+        if into is None:
+            return
+        bound = self.clip_norm if self.method.is_private else float("inf")
+        shapes = {name: p.shape for name, p in parameters.items()}
+        if into.clip_norm != bound or {name: g.shape for name, g in into.grads.items()} != shapes:
+            raise ValueError(
+                "the sum to add to has another clip norm or other parameters: pass only one of this logical "
+                "batch, and none that a failed step has emptied."
+            )
 
     def _clip(
-        self, parameters: dict[str, Tensor], batch: Any, mask: Tensor | None, batch_size: int
+        self,
+        parameters: dict[str, Tensor],
+        batch: Any,
+        mask: Tensor | None,
+        batch_size: int,
+        into: ClippedSum | None,
     ) -> ClippedSum:
         """By the plan for this batch, which is made again where the stand-ins had not shown everything."""
         key = signature(self.model, parameters, batch)
@@ -115,7 +164,7 @@ class ClippedGrad:
         while True:
             plan = self.plan(batch, mask)
             try:
-                return clip_batch(self, plan, parameters, batch, mask, batch_size)
+                return clip_batch(self, plan, parameters, batch, mask, batch_size, into, self._workspace)
             except Misfit as misfit:  # the data decide what this use sees, and by chance it did not show
                 self.plans[key] = plan.rerouted(misfit.pattern)
             except Changed as refusal:  # experts or heads to which no stand-in was sent: look again
@@ -149,8 +198,14 @@ class ClippedGrad:
         device = next(iter(parameters.values())).device
         findings, stage = probe(self.model, self.loss_fn, batch, mask, batch_size)
         self._check_coverage(findings, parameters)
-        plan = make_plan(self.method, findings, batch_size, device)
-        rehearse(stage, make_plan(self.method, stage.findings, stage.size, device))
+        dtype = next(iter(parameters.values())).dtype
+        watch = stopwatch(device, dtype if dtype == torch.float64 else torch.float32)
+        plan = make_plan(self.method, findings, batch_size, device, self.options, watch)
+        if len(stage.findings.groups) == len(plan.routes):  # the very routes that will be taken
+            rehearsed = dataclasses.replace(plan, findings=stage.findings, batch_size=stage.size)
+        else:  # the data decide which uses there are
+            rehearsed = make_plan(self.method, stage.findings, stage.size, device, self.options)
+        rehearse(stage, rehearsed)
         return plan
 
     def _check_coverage(self, findings: Findings, parameters: dict[str, Tensor]) -> None:

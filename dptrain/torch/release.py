@@ -86,7 +86,7 @@ def privatize(
         raise ValueError("a sum that was not clipped cannot be made private by noise.")
     sums = clipped_sum.grads
     if not sums:
-        raise ValueError("the sum is empty: it was given away to an earlier gradient.")
+        raise ValueError("the sum is empty: it was given away to an earlier gradient, or its step failed.")
     out = _separate(sums) if donate else None
     mean = noisy_mean(sums, spec.noise_stddev, spec.expected_batch_size, key, out)
     if donate:

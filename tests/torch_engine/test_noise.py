@@ -244,6 +244,23 @@ def test_donated_sums_that_share_memory_get_noise_of_their_own():
         assert torch.equal(got[name], want[name])
 
 
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("method", ["auto", "per-example", "bk-ghost", "ghost"])
+def test_a_sum_owns_its_memory(method, batch_size):
+    """What is given away is not written again by a later step, which would be without noise."""
+    model = torch.nn.Sequential(torch.nn.Conv1d(2, 4, 3), torch.nn.Flatten(), torch.nn.Linear(24, 3))
+    clipped = dpt.clipped_grad(
+        model, lambda model, x: model(x).square().sum(1), clip_norm=MECHANISM.clip_norm, method=method
+    )
+    gradient = dpt.privatize(clipped(torch.randn(batch_size, 2, 8)), MECHANISM, KEY, donate=True)
+    before = {name: g.clone() for name, g in gradient.grads.items()}
+    clipped(torch.randn(batch_size, 2, 8))
+    for name, g in gradient.grads.items():
+        assert torch.equal(g, before[name])
+        for other in clipped._workspace._held.values():
+            assert g.untyped_storage().data_ptr() != other.untyped_storage().data_ptr()
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_step_does_not_depend_on_strides(fused):
     """torch's fused SGD on a CPU reads a gradient in the order of its memory."""
