@@ -85,6 +85,10 @@ class Key:
         """
         return int.from_bytes(_hash(b"dptrain 64", b"", key=self._secret)[:8], "big")
 
+    def cipher_key(self) -> bytes:
+        """256 derived bits, the key of a cipher whose keystream is as secret as this key."""
+        return _hash(b"dptrain cipher", b"", key=self._secret)
+
     def __repr__(self) -> str:
         kind = "reproducible" if self._reproducible else "secret"
         return f"<Key, {kind}>"

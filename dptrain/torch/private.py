@@ -67,7 +67,7 @@ class PrivateTraining:
                 if last:
                     break
             key = self._key.child("noise", self._taken)
-            gradient = privatize(clipped, self.mechanism.step(self._taken), key)
+            gradient = privatize(clipped, self.mechanism.step(self._taken), key, donate=True)
             self._taken += 1  # the budget is spent when the noisy gradient exists
             apply(self.optimizer, self.model, gradient)
             known = self.mechanism.delta is not None

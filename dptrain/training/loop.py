@@ -77,7 +77,7 @@ def logical_steps(
             if is_last:
                 break
         before_release(index, spec)
-        gradient = dpt.privatize(total, spec, noise_key.child(index))
+        gradient = dpt.privatize(total, spec, noise_key.child(index), donate=True)
         dpt.apply(optimizer, run.learner, gradient)
         yield Step(index + 1, _unprotected(parts, spec) if parts else None)
 

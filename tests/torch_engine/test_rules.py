@@ -13,7 +13,6 @@ import dptrain.torch as dpt
 from dptrain.core import methods
 from dptrain.core.entropy import Key
 from dptrain.core.mechanism import Mechanism
-from dptrain.torch.noise import generator
 from dptrain.torch.uses import gram
 
 PRIVATE = [row.name for row in methods.TABLE if row.is_private]
@@ -234,22 +233,24 @@ def test_rule_8_noise_is_drawn_once_with_the_right_variance_and_type():
 
 
 def test_rule_8_keys_decide_the_noise_with_all_their_bits():
-    key = Key.from_seed(1)
-    draw = lambda k: torch.randn(64, generator=generator(k, torch.device("cpu")))  # noqa: E731
-    assert torch.equal(draw(key), draw(key))
-    assert not torch.equal(draw(key.child(0)), draw(key.child(1)))
-    # a CPU generator seeded the usual way keeps 32 bits of its seed
-    low = torch.Generator().manual_seed(key.seed64() & 0xFFFFFFFF)
-    full = torch.Generator().manual_seed(key.seed64())
-    assert not torch.equal(draw(key), torch.randn(64, generator=low))
-    assert not torch.equal(draw(key), torch.randn(64, generator=full))
+    """Two keys that differ in one of 256 bits have nothing in common."""
+    from dptrain.torch.noise import noisy_mean
+
+    def draw(secret: int) -> torch.Tensor:
+        key = Key(secret.to_bytes(32, "big"), reproducible=False)
+        return noisy_mean({"w": torch.zeros(64)}, 1.0, 1.0, key)["w"]
+
+    secret = int.from_bytes(bytes(range(32)), "big")
+    assert torch.equal(draw(secret), draw(secret))
+    for bit in range(256):
+        assert not (draw(secret) == draw(secret ^ (1 << bit))).any()
 
 
 def test_rule_8_low_precision_noise_is_refused():
-    from dptrain.torch.noise import add_noise_
+    from dptrain.torch.noise import noisy_mean
 
     with pytest.raises(TypeError, match="bfloat16"):
-        add_noise_({"w": torch.zeros(3, dtype=torch.bfloat16)}, 1.0, Key.from_entropy())
+        noisy_mean({"w": torch.zeros(3, dtype=torch.bfloat16)}, 1.0, 1.0, Key.from_entropy())
 
 
 def test_rule_11_only_private_gradients_are_applied():
