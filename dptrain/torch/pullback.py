@@ -20,7 +20,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from .capture import Capture, Use
+from .capture import Capture, Use, storage_key
 from .layout import Placement
 from .uses.base import gamma, widen
 from .uses.linear import Linear
@@ -146,7 +146,7 @@ def _by_custom_function(use: Use) -> bool:
 
 def geometry(value: Tensor, leaf: Tensor) -> tuple | None:
     """Which elements of its leaf a view shows: (offset, shape, strides); None if it is a copy."""
-    if value.untyped_storage().data_ptr() != leaf.untyped_storage().data_ptr():
+    if storage_key(value) != storage_key(leaf):
         return None
     return value.storage_offset() - leaf.storage_offset(), tuple(value.shape), value.stride()
 
