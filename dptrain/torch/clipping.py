@@ -5,6 +5,8 @@ Probe, plan and rehearse once per input signature, then clip each batch (``batch
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +20,7 @@ from dptrain.core.methods import Method
 from . import baselines
 from .batch import clip_batch, replace_rows
 from .clipped_sum import ClippedSum
+from .compile import Compiler
 from .errors import Changed, Misfit, Refused, Unforeseen
 from .guards import check_batch, check_model, listed, trainable
 from .planner import Plan, make_plan
@@ -36,6 +39,7 @@ def clipped_grad(
     clip_norm: float,
     method: str = "auto",
     allow_unused: bool = False,
+    compile: bool = False,
 ) -> ClippedGrad:
     """A function from a physical batch to the sum of its clipped per-example gradients.
 
@@ -47,6 +51,8 @@ def clipped_grad(
         method: a name or alias of the table in ``dptrain.core.methods``.
         allow_unused: accept trainable parameters that take no part in the losses; their gradient
             is zero and they still receive noise.
+        compile: make one graph of the whole step and compile it with Inductor, once per input
+            signature; a model for which that cannot be done runs uncompiled, after a warning.
 
     Raises:
         ValueError: a clip norm below 1e-12 or not finite, or an unknown method.
@@ -55,7 +61,7 @@ def clipped_grad(
     clip_norm = float(clip_norm)
     if not 1e-12 <= clip_norm < float("inf"):  # below, squares of float32 vanish
         raise ValueError(f"clip_norm must be at least 1e-12 and finite, and is {clip_norm}.")
-    return ClippedGrad(model, loss_fn, clip_norm, row, allow_unused)
+    return ClippedGrad(model, loss_fn, clip_norm, row, allow_unused, compile)
 
 
 class ClippedGrad:
@@ -68,10 +74,17 @@ class ClippedGrad:
         clip_norm: float,
         method: Method,
         allow_unused: bool,
+        compile: bool = False,
     ):
         self.model, self.loss_fn = model, loss_fn
         self.clip_norm, self.method, self.allow_unused = clip_norm, method, allow_unused
         self.plans: dict[Any, Plan] = {}
+        self.compiler = Compiler(model, loss_fn) if compile else None
+        if compile and method.capture in (methods.Capture.VMAP, methods.Capture.LOOP):
+            self.compiler = None
+            warnings.warn(
+                f"compile=True has no effect on method {method.name!r}, which runs uncompiled.", stacklevel=3
+            )
 
     def __call__(self, batch: Any, mask: Tensor | None = None) -> ClippedSum:
         """The clipped sum of one physical batch.
@@ -87,12 +100,29 @@ class ClippedGrad:
         batch_size, mask = check_batch(batch, mask)
         parameters = trainable(self.model)
         check_model(self.model, parameters, self.method)
-        if mask is not None:
-            if not bool(mask.any()):
-                return self._nothing(parameters, batch_size)
-            batch = replace_rows(batch, mask)
+        if mask is not None and not bool(mask.any()):
+            return self._nothing(parameters, batch_size)
+        safe = functools.cache(lambda: batch if mask is None else replace_rows(batch, mask))
         if self.method.capture in (methods.Capture.USES, methods.Capture.PLANNED):
-            return self._clip(parameters, batch, mask, batch_size)
+            return self._clip(parameters, batch, safe, mask, batch_size)
+        return self._compiled(
+            signature(self.model, parameters, batch),
+            None,
+            parameters,
+            batch,
+            mask,
+            batch_size,
+            lambda: self._baseline(parameters, safe(), mask, batch_size),
+        )
+
+    def _compiled(self, key, plan, parameters, batch, mask, batch_size, eager) -> ClippedSum:
+        """By the graph for this signature, where there is one to be had."""
+        if self.compiler is None:
+            return eager()
+        return self.compiler.clip(key, plan, parameters, batch, mask, batch_size, self.clip_norm, eager)
+
+    def _baseline(self, parameters: dict[str, Tensor], batch: Any, mask, batch_size: int) -> ClippedSum:
+        """By a method that captures nothing."""
         grads, norms, losses = baselines.run(
             self.method,
             self.model,
@@ -107,19 +137,28 @@ class ClippedGrad:
         return ClippedSum(grads, norms, losses, bound)
 
     def _clip(
-        self, parameters: dict[str, Tensor], batch: Any, mask: Tensor | None, batch_size: int
+        self,
+        parameters: dict[str, Tensor],
+        batch: Any,
+        safe: Callable[[], Any],
+        mask: Tensor | None,
+        batch_size: int,
     ) -> ClippedSum:
-        """By the plan for this batch, which is made again where the stand-ins had not shown everything."""
+        """By the plan for this batch, which is made again where the stand-ins had not shown everything.
+
+        ``safe()`` is the batch with masked rows replaced.
+        """
         key = signature(self.model, parameters, batch)
         probed_again = False
         while True:
             plan = self.plan(batch, mask)
+            eager = functools.partial(_clip_eagerly, self, plan, parameters, safe, mask, batch_size)
             try:
-                return clip_batch(self, plan, parameters, batch, mask, batch_size)
+                return self._compiled(key, plan, parameters, batch, mask, batch_size, eager)
             except Misfit as misfit:  # the data decide what this use sees, and by chance it did not show
                 self.plans[key] = plan.rerouted(misfit.pattern)
             except Changed as refusal:  # experts or heads to which no stand-in was sent: look again
-                again = None if probed_again else self._probe(parameters, batch, mask, batch_size)
+                again = None if probed_again else self._probe(parameters, safe(), mask, batch_size)
                 if again is None or not again.findings.routed:  # a branch is no matter of routing
                     raise refusal
                 probed_again = True
@@ -170,6 +209,10 @@ class ClippedGrad:
         like = next(iter(grads.values()))
         bound = self.clip_norm if self.method.is_private else float("inf")
         return ClippedSum(grads, like.new_zeros(batch_size), like.new_zeros(batch_size), bound)
+
+
+def _clip_eagerly(task, plan: Plan, parameters, safe: Callable[[], Any], mask, batch_size: int) -> ClippedSum:
+    return clip_batch(task, plan, parameters, safe(), mask, batch_size)
 
 
 def signature(model: nn.Module, parameters: dict[str, Tensor], batch: Any) -> tuple:
