@@ -146,7 +146,7 @@ class CompiledStep:
         except (Untraceable, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            raise Untraceable(_first_line(error)) from error
+            raise Untraceable(f"torch.compile cannot trace it ({_first_line(error)})") from error
         finally:
             found, self.found, self.parameters = self.found, [], {}
         if self.called is None or losses is not found[-2]:

@@ -71,10 +71,8 @@ def private_step(
             for t, example in zip(tensors, inputs.examples)
         ]
         with torch.enable_grad(), capture:
-            (losses,) = forward(*entered)
-        check_losses(losses, batch_size)
-        if [t._version for t in tensors] != before:
-            raise Untraceable("its forward pass writes to a buffer")
+            returned = forward(*entered)
+        losses = _losses_alone(returned, batch_size, [t._version for t in tensors] != before)
         if capture.scattered or plan.findings.routed:
             raise Untraceable("its data decide which rows an operation sees")
         if capture.hooked or capture.checkpointed:
@@ -96,10 +94,8 @@ def ordinary_step(
         rows = replacements(mask)
         entered = [t[rows] if example else t for t, example in zip(tensors, inputs.examples)]
         with torch.enable_grad():
-            (losses,) = forward(*entered)
-        check_losses(losses, batch_size)
-        if [t._version for t in tensors] != before:
-            raise Untraceable("its forward pass writes to a buffer")
+            returned = forward(*entered)
+        losses = _losses_alone(returned, batch_size, [t._version for t in tensors] != before)
         total = torch.where(mask, losses, 0.0).sum()
         found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
         sums = [
@@ -117,6 +113,14 @@ def replacements(mask: Tensor) -> Tensor:
     """Row indices ``[B]`` in which masked rows are replaced by one that is not masked."""
     stand_in = mask.to(torch.int8).argmax()
     return torch.where(mask, torch.arange(len(mask), device=mask.device), stand_in)
+
+
+def _losses_alone(returned: tuple[Any, ...], batch_size: int, written: bool) -> Tensor:
+    """The losses, if the forward pass does nothing else: a batch may be computed twice."""
+    if written or len(returned) != 1:
+        raise Untraceable("its forward pass leaves something behind, in a buffer or an attribute")
+    check_losses(returned[0], batch_size)
+    return returned[0]
 
 
 def _all_parameters(inputs: Inputs, names: tuple[str, ...], tensors) -> dict[str, Tensor]:
