@@ -14,6 +14,7 @@ import itertools
 import types
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -46,6 +47,8 @@ class Compiler:
     def __init__(self, model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor]):
         self.model, self.loss_fn = model, loss_fn
         self.steps: dict[Any, CompiledStep | None] = {}
+        #: how many plans there were
+        self.plans: Counter = Counter()
         self.warned = False
 
     @property
@@ -81,6 +84,10 @@ class Compiler:
             return eager()
         step = self.steps.get(key)
         if step is None or step.plan is not plan:
+            self.plans[key] += 1
+            if self.plans[key] > MOST_GRAPHS:  # without a word: what changed it may be private
+                self.steps[key] = None
+                return eager()
             step = self.steps[key] = CompiledStep(self.model, self.loss_fn, plan, batch_size, clip_norm)
         if mask is None:
             mask = torch.ones(batch_size, dtype=torch.bool, device=next(iter(parameters.values())).device)

@@ -300,6 +300,28 @@ def test_a_doubtful_gram_norm_is_left_to_the_eager_engine(as_traced):
     assert torch.equal(out.norms, want.norms) and torch.equal(out.grads["weight"], want.grads["weight"])
 
 
+class Rarely(nn.Module):
+    """A branch of zeros, but for one value that no stand-in has."""
+
+    def __init__(self):
+        super().__init__()
+        self.often, self.rarely = nn.Linear(16, 4), nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        return self.often(x) + self.rarely(x) * (x[:, :1] == 12345.0)
+
+
+def test_a_gradient_that_the_probe_never_saw_is_not_dropped(as_traced):
+    torch.manual_seed(0)
+    model, batch = Rarely().double(), cases.images(1, 4)(4)
+    clipped = dpt.clipped_grad(model, cases.classify, clip_norm=1e3, compile=True)
+    seen(clipped, batch)
+    batch["x"][1, 0, 0, 0] = 12345.0
+    with pytest.raises(dpt.Refused, match="came where the probe saw none"):
+        clipped(batch)
+
+
 def test_autocast_is_traced_as_it_is_and_norms_stay_in_float32(as_traced):
     torch.manual_seed(0)
     model, batch = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 4)), {}
@@ -312,7 +334,7 @@ def test_autocast_is_traced_as_it_is_and_norms_stay_in_float32(as_traced):
     assert oracle.relative_error(out.grads, want.grads) < 1e-5
 
 
-def test_random_numbers_are_those_of_the_eager_engine(as_traced):
+def test_random_numbers_are_those_of_the_eager_engine():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), nn.Dropout(0.5), nn.Linear(32, 4)).double()
     batch = {"x": torch.randn(4, 16, dtype=torch.float64), "y": torch.randint(4, (4,))}
