@@ -143,7 +143,7 @@ def _clip(plan, capture, losses, parameters, names, mask, batch_size, clip_norm)
         backward(capture, total, parameters, retain_graph=False)
     found = books.pull_back(capture, parameters)
     sums = [
-        found[name].detach().reshape(p.shape).contiguous()
+        found[name].detach().reshape(p.shape)
         if name in found
         else torch.zeros_like(widen(p.detach()))
         for name, p in parameters.items()
