@@ -143,9 +143,7 @@ def _clip(plan, capture, losses, parameters, names, mask, batch_size, clip_norm)
         backward(capture, total, parameters, retain_graph=False)
     found = books.pull_back(capture, parameters)
     sums = [
-        found[name].detach().reshape(p.shape)
-        if name in found
-        else torch.zeros_like(widen(p.detach()))
+        found[name].detach().reshape(p.shape) if name in found else torch.zeros_like(widen(p.detach()))
         for name, p in parameters.items()
     ]
     ordinary = finite.all()
@@ -197,14 +195,20 @@ class BranchFree(Bookkeeping):
         return torch.bmm(rows.mT, cols)
 
     def _weigh(self, gradient: Tensor) -> Tensor:
-        # A reduction is read once, at the speed of memory; a product with a vector is a call each.
+        # A reduction reads it once, in the order of memory; a product with a vector is a call for each.
         weights = self.factors.to(gradient.dtype).reshape(-1, *[1] * (gradient.dim() - 1))
+        if _is_transposed(gradient):
+            return (gradient.mT * weights).sum(0).mT
         return (gradient * weights).sum(0)
+
+
+def _is_transposed(gradients: Tensor) -> bool:
+    return gradients.dim() == 3 and not gradients.is_contiguous() and gradients.mT.is_contiguous()
 
 
 def _squared_norm(gradients: Tensor) -> Tensor:
     """``squared_norm`` of ``[B, ...]`` in blocks that divide it, which one pass over memory reads."""
-    if gradients.dim() == 3 and gradients.mT.is_contiguous():
+    if _is_transposed(gradients):
         gradients = gradients.mT
     flat = widen(gradients).reshape(gradients.shape[0], -1)
     block = next(b for b in range(min(BLOCK, flat.shape[1]), 0, -1) if flat.shape[1] % b == 0)
