@@ -1,6 +1,6 @@
-"""Rebuild the README's table and picture from the records in ``results/``.
+"""Rebuild the tables and pictures of README.md and docs/performance.md from the records in ``results/``.
 
-python benchmarks/summary.py
+python -m benchmarks.summary
 """
 
 from __future__ import annotations
@@ -9,37 +9,14 @@ import json
 import re
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from benchmarks.speed import figure, tables
 
 ROOT = Path(__file__).resolve().parent.parent
-ORDER = ["auto", "per-example", "bk-mix-opt", "bk-mixed-ghost", "bk-ghost", "ghost", "opacus"]
 
 
 def records() -> dict[str, dict]:
     paths = sorted((ROOT / "results").glob("*.json"))
     return {path.name: json.loads(path.read_text()) for path in paths}
-
-
-def speed_rows(found: dict[str, dict]) -> list[str]:
-    rows = []
-    for name, record in found.items():
-        if "results" not in record:
-            continue
-        case, results = record["case"], record["results"]
-        best = results["auto"]
-        against = ""
-        if "opacus" in results:
-            times = results["opacus"]["physical_step_s"] / best["physical_step_s"]
-            against = f", {times:.2f}× Opacus's hooks"
-        rows.append(
-            f"| {case['model']}, batch {case['batch']}, fp32, {record['threads']} CPU cores, `auto` | "
-            f"**{best['ratio_to_non_private']:.2f}×** non-private speed{against}; largest error in "
-            f"float64 {record['largest_relative_error_float64']:.0e} | `results/{name}` |"
-        )
-    return rows
 
 
 def accuracy_rows(found: dict[str, dict]) -> list[str]:
@@ -94,35 +71,36 @@ def probe_rows(found: dict[str, dict]) -> list[str]:
     ]
 
 
-def picture(found: dict[str, dict], path: Path) -> None:
-    cases = {n: r for n, r in found.items() if "results" in r}
-    figure, axes = plt.subplots(1, len(cases), figsize=(4.2 * len(cases) + 1, 3.2), squeeze=False)
-    for axis, record in zip(axes[0], cases.values()):
-        results = record["results"]
-        methods = [m for m in ORDER if m in results]
-        heights = [results[m]["ratio_to_non_private"] for m in methods]
-        colours = ["#1b6ca8" if m != "opacus" else "#b0b0b0" for m in methods]
-        bars = axis.barh(methods[::-1], heights[::-1], color=colours[::-1])
-        axis.bar_label(bars, fmt="%.2f", padding=-32, color="white")
-        axis.axvline(1.0, color="black", linewidth=1, linestyle="--")
-        axis.set_xlim(0, 1.15)
-        axis.set_title(f"{record['case']['model']}, batch {record['case']['batch']}", fontsize=10)
-        axis.set_xlabel("speed relative to non-private")
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+def filled(text: str, name: str, rows: list[str]) -> str:
+    """A page with the block ``<!-- name --> ... <!-- end -->`` replaced; as it was if there are no rows."""
+    if not rows:
+        return text
+    block = f"<!-- {name} -->\n" + "\n".join(rows) + "\n<!-- end -->"
+    return re.sub(rf"<!-- {name} -->.*?<!-- end -->", lambda _: block, text, flags=re.S)
 
 
 def main() -> None:
     found = records()
-    table = ["| what | measured | record |", "| --- | --- | --- |"]
-    table += zoo_row(found) + speed_rows(found) + probe_rows(found) + accuracy_rows(found)
-    text = (ROOT / "README.md").read_text()
-    block = "<!-- measured -->\n" + "\n".join(table) + "\n<!-- end -->"
-    text = re.sub(r"<!-- measured -->.*?<!-- end -->", lambda _: block, text, flags=re.S)
-    (ROOT / "README.md").write_text(text)
-    picture(found, ROOT / "docs" / "images" / "speed.png")
+    measured = ["| what | measured | record |", "| --- | --- | --- |"]
+    measured += zoo_row(found) + probe_rows(found) + accuracy_rows(found)
+    blocks = {
+        "measured": measured,
+        "speed": tables.speed(found),
+        "speed on a GPU": tables.speed(found, "cuda"),
+        "memory": tables.memory(found),
+        "memory on a GPU": tables.memory(found, "cuda"),
+        "largest batch": tables.largest(found),
+        "rates": tables.rates(found),
+        "roofline": tables.roofline(found),
+        "remaining": tables.remaining(found),
+    }
+    for page in (ROOT / "README.md", ROOT / "docs" / "performance.md"):
+        text = page.read_text()
+        for name, rows in blocks.items():
+            text = filled(text, name, rows)
+        page.write_text(text)
+    figure.draw(found, ROOT / "docs" / "images" / "speed.png")
+    figure.draw(found, ROOT / "docs" / "images" / "speed-gpu.png", "cuda")
 
 
 if __name__ == "__main__":

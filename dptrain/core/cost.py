@@ -28,6 +28,8 @@ class UseShape:
         groups: E.
         picked: the rows of a table are picked by indices, not multiplied by inputs: N is the
             number of rows, and enters no operation.
+        window: elements of a kernel that slides over an image by steps of one: its patches overlap,
+            so that K = window times the channels, and their Gram matrix is made of that of pixels.
     """
 
     positions: int
@@ -35,6 +37,7 @@ class UseShape:
     d_out: int
     groups: int = 1
     picked: bool = False
+    window: int = 1
 
     @property
     def multiplied(self) -> int:
@@ -42,7 +45,7 @@ class UseShape:
         return self.d_in * (1 if self.picked else self.d_out)
 
     def __post_init__(self) -> None:
-        for name in ("positions", "d_in", "d_out", "groups"):
+        for name in ("positions", "d_in", "d_out", "groups", "window"):
             checks.whole(name, getattr(self, name))
 
 
@@ -66,11 +69,13 @@ class Cost:
 def gram(use: UseShape, examples: int = 1, itemsize: int = 4) -> Cost:
     """‖aᵀg‖² = ⟨a aᵀ, g gᵀ⟩ for each example: 2T²(K+N) operations, 2T² numbers.
 
-    The two products are symmetric, so half of these operations would do.
+    The two products are symmetric, so half of these operations would do. For a kernel that slides over
+    about T pixels, K is the number of channels and one addition for each element of the kernel.
     """
     t, e = use.positions, use.groups
+    features = use.d_in // use.window + (use.window if use.window > 1 else 0)
     return Cost(
-        flops=examples * e * 2 * t * t * (use.d_in + (0 if use.picked else use.d_out)),
+        flops=examples * e * 2 * t * t * (features + (0 if use.picked else use.d_out)),
         bytes=examples * e * 2 * t * t * itemsize,
     )
 

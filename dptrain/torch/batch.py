@@ -6,7 +6,9 @@ factors; the sum at the parameter-only values; one pull-back to the leaves.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +24,7 @@ from .planner import Plan, make_plan
 from .pullback import group_uses
 from .trace import match
 from .uses.base import widen
+from .workspace import Workspace
 
 
 class Task(Protocol):
@@ -48,18 +51,22 @@ def clip_batch(
     batch: Any,
     mask: Tensor | None,
     batch_size: int,
+    into: ClippedSum | None = None,
+    workspace: Workspace | None = None,
 ) -> ClippedSum:
     """The clipped sum of one batch whose masked rows have been replaced, by a plan made for it.
 
     Args:
         mask: ``[B]`` bool, or None for all.
+        into: of earlier batches, to whose buffers this one is added.
+        workspace: memory that may be used again from step to step.
 
     Raises:
         Refused: the model does other than what the probe saw.
     """
     capture, losses = _forward(task, plan, parameters, batch, batch_size)
     with torch.autocast(losses.device.type, enabled=False):  # what comes now is not the model's
-        return _clipped_sum(task, plan, capture, losses, parameters, mask, batch_size)
+        return _clipped_sum(task, plan, capture, losses, parameters, mask, batch_size, into, workspace)
 
 
 def _clipped_sum(
@@ -70,41 +77,62 @@ def _clipped_sum(
     parameters: dict[str, Tensor],
     mask: Tensor | None,
     batch_size: int,
+    into: ClippedSum | None,
+    workspace: Workspace | None,
 ) -> ClippedSum:
     """Backward passes, norms, clip factors and the sum."""
     plan = _settled(plan, capture, losses, mask, parameters, batch_size)
-    books = Bookkeeping(plan, batch_size)
+    books = Bookkeeping(plan, parameters, batch_size, workspace)
     capture.sink = books.norms
     total = losses.sum() if mask is None else torch.where(mask, losses, 0.0).sum()
     backward(capture, total, parameters, retain_graph=plan.second_backward)
-    squared = books.finish(capture, parameters)
+    squared = books.finish(capture)
     finite = squared.isfinite() & losses.detach().isfinite()
     everything_finite = bool(finite.all())  # masked rows too: one that overflowed must be zeroed
     included = finite if mask is None else finite & mask
     factors = torch.where(included, clip_factors(squared, task.clip_norm), 0.0)
     books.factors, books.included = factors, None if everything_finite else included
+    keep = torch.ones_like(included) if mask is None else mask
+    norms, losses_ = torch.where(keep, squared.sqrt(), 0.0), torch.where(keep, losses.detach(), 0.0)
+    with _adding_to(into, books):
+        grads = _sums(plan, books, capture, total, parameters)
+    if into is not None:
+        return into.extended(norms, losses_)
+    return ClippedSum(grads, norms, losses_, task.clip_norm)
+
+
+@contextlib.contextmanager
+def _adding_to(into: ClippedSum | None, books: Bookkeeping) -> Iterator[None]:
+    """Add to an earlier sum in place; one that was only partly written is of no use any more."""
+    if into is None:
+        yield
+        return
+    books.add_to(into.grads)
+    try:
+        yield
+    except BaseException:
+        into.spoil()
+        raise
+
+
+def _sums(plan: Plan, books: Bookkeeping, capture: Capture, total: Tensor, parameters) -> dict[str, Tensor]:
+    """The clipped sums by name."""
     books.contract(capture)
     if plan.second_backward:
         # The same loss again, not a weighted one: every gradient has the bits of the first pass,
         # whose norms were taken, and clip factors are applied in float32 where it is contracted.
         capture.sink = books.second_pass
         backward(capture, total, parameters, retain_graph=False)
-    grads = books.pull_back(capture, parameters)
+    grads = books.pull_back(capture)
     for name, p in parameters.items():
         if name not in grads:
             grads[name] = torch.zeros_like(widen(p.detach()))
-    grads = {name: grads[name].detach().reshape(p.shape) for name, p in parameters.items()}
-    keep = torch.ones_like(included) if mask is None else mask
-    return ClippedSum(
-        grads,
-        torch.where(keep, squared.sqrt(), 0.0),
-        torch.where(keep, losses.detach(), 0.0),
-        task.clip_norm,
-    )
+    return {name: grads[name].detach().reshape(p.shape) for name, p in parameters.items()}
 
 
 def _forward(task, plan: Plan, parameters, batch, batch_size) -> tuple[Capture, Tensor]:
     capture = Capture(parameters, batch_size, ignore, plan.findings.layouts, task.model.parameters())
+    capture.results = plan.results
     alias = lambda t: capture.mark_data(t.detach().view_as(t)) if isinstance(t, Tensor) else t  # noqa: E731
     entered = tree_map(alias, batch)
     with parameters_untouched(task.model), torch.enable_grad(), capture:
@@ -128,4 +156,4 @@ def _settled(plan: Plan, capture: Capture, losses, mask, parameters, batch_size:
         return plan
     groups = tuple(group_uses(capture.uses, capture.names, parameters))
     findings = dataclasses.replace(plan.findings, uses=facts, groups=groups)
-    return make_plan(plan.method, findings, batch_size, losses.device)
+    return make_plan(plan.method, findings, batch_size, losses.device, plan.options)

@@ -69,6 +69,8 @@ class Use:
     operation: str
     #: weak, so that a finished step is freed at once and not when the collector comes by
     capture: weakref.ref[Capture] = field(repr=False)
+    #: what the operation yielded, without a bias, where ``Capture.results`` asks for it
+    result: Tensor | None = field(default=None, repr=False)
 
     def arrive(self, a: Tensor | None, g: Tensor) -> None:
         """Called by autograd functions in the backward pass."""
@@ -114,6 +116,8 @@ class Capture(TorchFunctionMode):
         self.anchor = torch.zeros((), device=first.device, dtype=first.dtype, requires_grad=True)
         #: whether a backward pass of ours is under way
         self.armed = False
+        #: uses, by index, that want to see the result of their operation in the backward pass
+        self.results: frozenset[int] = frozenset()
         self._data, self._parameter = Mark(Sort.DATA), Mark(Sort.PARAMETER)
         self._replay: list[Use] | None = None
         #: whether rows may have been sent from one example's place to another's

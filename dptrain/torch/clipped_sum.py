@@ -49,9 +49,17 @@ class ClippedSum:
         mine = list(self.grads.values())
         if mine:
             torch._foreach_add_(mine, [other.grads[name] for name in self.grads])
+        return self.extended(other.norms, other.losses)
+
+    def extended(self, norms: Tensor, losses: Tensor) -> ClippedSum:
+        """The same buffers, to which further examples have been added."""
         return ClippedSum(
             self.grads,
-            torch.cat([self.norms, other.norms]),
-            torch.cat([self.losses, other.losses]),
+            torch.cat([self.norms, norms]),
+            torch.cat([self.losses, losses]),
             self.clip_norm,
         )
+
+    def spoil(self) -> None:
+        """Make sure that nobody releases a sum that was only partly written."""
+        self.grads.clear()

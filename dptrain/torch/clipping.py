@@ -5,9 +5,10 @@ Probe, plan and rehearse once per input signature, then clip each batch (``batch
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,13 +24,17 @@ from .clipped_sum import ClippedSum
 from .compile import Compiler
 from .errors import Changed, Misfit, Refused, Unforeseen
 from .guards import check_batch, check_model, listed, trainable
-from .planner import Plan, make_plan
+from .planner import Options, Plan, make_plan
 from .probe import probe
 from .rehearsal import rehearse
+from .stopwatch import stopwatch
 from .trace import Findings
 from .uses.base import widen
+from .workspace import Workspace
 
 LossFn = Callable[[nn.Module, Any], Tensor]
+#: routes that can be asked for
+ROUTES = ("materialise+reuse", "materialise+contract", "gram+contract")
 
 
 def clipped_grad(
@@ -39,6 +44,8 @@ def clipped_grad(
     clip_norm: float,
     method: str = "auto",
     allow_unused: bool = False,
+    memory_budget: int | None = None,
+    routes: Mapping[str, str] | None = None,
     compile: bool = False,
 ) -> ClippedGrad:
     """A function from a physical batch to the sum of its clipped per-example gradients.
@@ -51,17 +58,34 @@ def clipped_grad(
         method: a name or alias of the table in ``dptrain.core.methods``.
         allow_unused: accept trainable parameters that take no part in the losses; their gradient
             is zero and they still receive noise.
+        memory_budget: of ``auto``: bytes that per-example gradients and recorded operands may hold until
+            the clip factors are known; where nothing fits, a second backward pass replaces them.
+        routes: of ``auto``: ``{pattern of parameter names: route}``, the first that matches, in place of
+            what is fastest: "materialise+reuse", "materialise+contract" or "gram+contract".
         compile: make one graph of the whole step and compile it with Inductor, once per input
             signature; a model for which that cannot be done runs uncompiled, after a warning.
 
     Raises:
-        ValueError: a clip norm below 1e-12 or not finite, or an unknown method.
+        ValueError: a clip norm below 1e-12 or not finite, an unknown method, or options of ``auto``
+            that it or another method cannot follow.
     """
     row = methods.resolve(method)
     clip_norm = float(clip_norm)
     if not 1e-12 <= clip_norm < float("inf"):  # below, squares of float32 vanish
         raise ValueError(f"clip_norm must be at least 1e-12 and finite, and is {clip_norm}.")
-    return ClippedGrad(model, loss_fn, clip_norm, row, allow_unused, compile)
+    options = _options(row, memory_budget, routes)
+    return ClippedGrad(model, loss_fn, clip_norm, row, allow_unused, options, compile)
+
+
+def _options(method: Method, memory_budget: int | None, routes: Mapping[str, str] | None) -> Options:
+    if (memory_budget is not None or routes) and method.capture is not methods.Capture.PLANNED:
+        raise ValueError(f"memory_budget and routes are for method='auto', and not for {method.name!r}.")
+    if memory_budget is not None and not memory_budget >= 0:
+        raise ValueError(f"memory_budget must be a number of bytes, and is {memory_budget}.")
+    for name in (routes or {}).values():
+        if name not in ROUTES:
+            raise ValueError(f"route {name!r} is unknown; choose one of: {', '.join(ROUTES)}.")
+    return Options(memory_budget, tuple((routes or {}).items()))
 
 
 class ClippedGrad:
@@ -74,11 +98,14 @@ class ClippedGrad:
         clip_norm: float,
         method: Method,
         allow_unused: bool,
+        options: Options = Options(),
         compile: bool = False,
     ):
         self.model, self.loss_fn = model, loss_fn
         self.clip_norm, self.method, self.allow_unused = clip_norm, method, allow_unused
+        self.options = options
         self.plans: dict[Any, Plan] = {}
+        self._workspace = Workspace()
         self.compiler = Compiler(model, loss_fn) if compile else None
         if compile and method.capture in (methods.Capture.VMAP, methods.Capture.LOOP):
             self.compiler = None
@@ -86,12 +113,14 @@ class ClippedGrad:
                 f"compile=True has no effect on method {method.name!r}, which runs uncompiled.", stacklevel=3
             )
 
-    def __call__(self, batch: Any, mask: Tensor | None = None) -> ClippedSum:
+    def __call__(self, batch: Any, mask: Tensor | None = None, into: ClippedSum | None = None) -> ClippedSum:
         """The clipped sum of one physical batch.
 
         Args:
             batch: a tensor or a tree of tensors with the examples on the leading axis.
             mask: ``[B]`` bool; examples where it is False contribute exactly nothing.
+            into: the sum over earlier batches of this logical one: this batch is added to its buffers in
+                place, which saves a pass over all parameters. Should the step fail half-way, it is emptied.
 
         Raises:
             Refused: no exact result can be promised; says why, and what to do.
@@ -100,29 +129,36 @@ class ClippedGrad:
         batch_size, mask = check_batch(batch, mask)
         parameters = trainable(self.model)
         check_model(self.model, parameters, self.method)
+        self._check_into(into, parameters)
         if mask is not None and not bool(mask.any()):
-            return self._nothing(parameters, batch_size)
+            nothing = self._nothing(parameters, batch_size)
+            return nothing if into is None else into.extended(nothing.norms, nothing.losses)
         safe = functools.cache(lambda: batch if mask is None else replace_rows(batch, mask))
         if self.method.capture in (methods.Capture.USES, methods.Capture.PLANNED):
-            return self._clip(parameters, batch, safe, mask, batch_size)
+            return self._clip(parameters, batch, safe, mask, batch_size, into)
+        key = signature(self.model, parameters, batch)
         return self._compiled(
-            signature(self.model, parameters, batch),
-            None,
-            parameters,
-            batch,
-            mask,
-            batch_size,
-            lambda: self._baseline(parameters, safe(), mask, batch_size),
+            key, None, parameters, batch, mask, into, lambda to: self._baseline(parameters, safe(), mask, to)
         )
 
-    def _compiled(self, key, plan, parameters, batch, mask, batch_size, eager) -> ClippedSum:
+    def _compiled(
+        self,
+        key: Any,
+        plan: Plan | None,
+        parameters: dict[str, Tensor],
+        batch: Any,
+        mask: Tensor | None,
+        into: ClippedSum | None,
+        eager: Callable[[ClippedSum | None], ClippedSum],
+    ) -> ClippedSum:
         """By the graph for this signature, where there is one to be had."""
         if self.compiler is None:
-            return eager()
-        return self.compiler.clip(key, plan, parameters, batch, mask, batch_size, self.clip_norm, eager)
+            return eager(into)
+        return self.compiler.clip(key, plan, parameters, batch, mask, self.clip_norm, into, eager)
 
-    def _baseline(self, parameters: dict[str, Tensor], batch: Any, mask, batch_size: int) -> ClippedSum:
+    def _baseline(self, parameters: dict[str, Tensor], batch: Any, mask, into) -> ClippedSum:
         """By a method that captures nothing."""
+        batch_size, _ = check_batch(batch, mask)
         grads, norms, losses = baselines.run(
             self.method,
             self.model,
@@ -134,7 +170,20 @@ class ClippedGrad:
             self.clip_norm,
         )
         bound = self.clip_norm if self.method.is_private else float("inf")
-        return ClippedSum(grads, norms, losses, bound)
+        part = ClippedSum(grads, norms, losses, bound)
+        return part if into is None else into.add_(part)
+
+    def _check_into(self, into: ClippedSum | None, parameters: dict[str, Tensor]) -> None:
+        """Raises ValueError: the sum is not one of these parameters and this clip norm."""
+        if into is None:
+            return
+        bound = self.clip_norm if self.method.is_private else float("inf")
+        shapes = {name: p.shape for name, p in parameters.items()}
+        if into.clip_norm != bound or {name: g.shape for name, g in into.grads.items()} != shapes:
+            raise ValueError(
+                "the sum to add to has another clip norm or other parameters: pass only one of this logical "
+                "batch, and none that a failed step has emptied."
+            )
 
     def _clip(
         self,
@@ -143,6 +192,7 @@ class ClippedGrad:
         safe: Callable[[], Any],
         mask: Tensor | None,
         batch_size: int,
+        into: ClippedSum | None,
     ) -> ClippedSum:
         """By the plan for this batch, which is made again where the stand-ins had not shown everything.
 
@@ -152,9 +202,12 @@ class ClippedGrad:
         probed_again = False
         while True:
             plan = self.plan(batch, mask)
-            eager = functools.partial(_clip_eagerly, self, plan, parameters, safe, mask, batch_size)
+
+            def eager(to: ClippedSum | None, plan: Plan = plan) -> ClippedSum:
+                return clip_batch(self, plan, parameters, safe(), mask, batch_size, to, self._workspace)
+
             try:
-                return self._compiled(key, plan, parameters, batch, mask, batch_size, eager)
+                return self._compiled(key, plan, parameters, batch, mask, into, eager)
             except Misfit as misfit:  # the data decide what this use sees, and by chance it did not show
                 self.plans[key] = plan.rerouted(misfit.pattern)
             except Changed as refusal:  # experts or heads to which no stand-in was sent: look again
@@ -188,8 +241,14 @@ class ClippedGrad:
         device = next(iter(parameters.values())).device
         findings, stage = probe(self.model, self.loss_fn, batch, mask, batch_size)
         self._check_coverage(findings, parameters)
-        plan = make_plan(self.method, findings, batch_size, device)
-        rehearse(stage, make_plan(self.method, stage.findings, stage.size, device))
+        dtype = next(iter(parameters.values())).dtype
+        watch = stopwatch(device, dtype if dtype == torch.float64 else torch.float32)
+        plan = make_plan(self.method, findings, batch_size, device, self.options, watch)
+        if len(stage.findings.groups) == len(plan.routes):  # the very routes that will be taken
+            rehearsed = dataclasses.replace(plan, findings=stage.findings, batch_size=stage.size)
+        else:  # the data decide which uses there are
+            rehearsed = make_plan(self.method, stage.findings, stage.size, device, self.options)
+        rehearse(stage, rehearsed)
         return plan
 
     def _check_coverage(self, findings: Findings, parameters: dict[str, Tensor]) -> None:
@@ -209,10 +268,6 @@ class ClippedGrad:
         like = next(iter(grads.values()))
         bound = self.clip_norm if self.method.is_private else float("inf")
         return ClippedSum(grads, like.new_zeros(batch_size), like.new_zeros(batch_size), bound)
-
-
-def _clip_eagerly(task, plan: Plan, parameters, safe: Callable[[], Any], mask, batch_size: int) -> ClippedSum:
-    return clip_batch(task, plan, parameters, safe(), mask, batch_size)
 
 
 def signature(model: nn.Module, parameters: dict[str, Tensor], batch: Any) -> tuple:

@@ -63,11 +63,11 @@ class Compiler:
         parameters: dict[str, Tensor],
         batch: Any,
         mask: Tensor | None,
-        batch_size: int,
         clip_norm: float,
-        eager: Callable[[], ClippedSum],
+        into: ClippedSum | None,
+        eager: Callable[[ClippedSum | None], ClippedSum],
     ) -> ClippedSum:
-        """The clipped sum of a batch, by the graph for it or by ``eager()``.
+        """The clipped sum of a batch, by the graph for it or by ``eager(into)``, added to ``into``.
 
         Args:
             key: the input signature.
@@ -77,34 +77,39 @@ class Compiler:
         Raises:
             Refused: what the eager engine raises.
         """
-        key = (key, clip_norm)
-        if key not in self.steps and len(self.steps) >= MOST_SIGNATURES:
-            self._give_up(key, f"it has met {MOST_SIGNATURES} input signatures: pad batches to fewer shapes")
-        if key in self.steps and self.steps[key] is None:
-            return eager()
-        step = self.steps.get(key)
-        if step is None or step.plan is not plan:
-            self.plans[key] += 1
-            if self.plans[key] > MOST_GRAPHS:  # without a word: what changed it may be private
-                self.steps[key] = None
-                return eager()
-            step = self.steps[key] = CompiledStep(self.model, self.loss_fn, plan, batch_size, clip_norm)
+        step = self._step((key, clip_norm), plan, clip_norm)
+        if step is None:
+            return eager(into)
         if mask is None:
-            mask = torch.ones(batch_size, dtype=torch.bool, device=next(iter(parameters.values())).device)
+            (size, *_) = next(t.shape for t in tree_leaves(batch) if isinstance(t, Tensor))
+            mask = torch.ones(size, dtype=torch.bool, device=next(iter(parameters.values())).device)
         try:
             found = step(parameters, batch, mask)
         except Untraceable as reason:
-            self._give_up(key, str(reason))
-            return eager()
+            self._give_up((key, clip_norm), str(reason))
+            return eager(into)
         if found is None:
-            return eager()
-        if step.called.rehearsed:
-            return found
-        truth = eager()
-        if wrong := difference(found, truth, int(mask.sum())):
-            self._give_up(key, f"{wrong} by the compiled step differ from those by the eager one")
-        step.called.rehearsed = True
-        return truth
+            return eager(into)
+        if not step.called.rehearsed:
+            truth = eager(None)
+            if wrong := difference(found, truth, int(mask.sum())):
+                self._give_up((key, clip_norm), f"{wrong} by the compiled step differ from the eager one's")
+            step.called.rehearsed = True
+            found = truth
+        return found if into is None else into.add_(found)
+
+    def _step(self, key: Any, plan: Plan | None, clip_norm: float) -> CompiledStep | None:
+        """The step for this input signature and plan; None where there is none to be had."""
+        if key not in self.steps and len(self.steps) >= MOST_SIGNATURES:
+            self._give_up(key, f"it has met {MOST_SIGNATURES} input signatures: pad batches to fewer shapes")
+        step = self.steps.get(key)
+        if key in self.steps and (step is None or step.plan is plan):
+            return step
+        self.plans[key] += 1
+        # beyond some plans without a word: what changed them may be private
+        fresh = self.plans[key] <= MOST_GRAPHS
+        self.steps[key] = CompiledStep(self.model, self.loss_fn, plan, clip_norm) if fresh else None
+        return self.steps[key]
 
     def _give_up(self, key: Any, reason: str) -> None:
         self.steps[key] = None
@@ -118,8 +123,8 @@ class Compiler:
 class CompiledStep:
     """A step for one input signature and one plan: a graph for each state that Dynamo's guards tell apart."""
 
-    def __init__(self, model, loss_fn, plan: Plan | None, batch_size: int, clip_norm: float):
-        self.plan, self.batch_size, self.clip_norm = plan, batch_size, clip_norm
+    def __init__(self, model, loss_fn, plan: Plan | None, clip_norm: float):
+        self.plan, self.clip_norm = plan, clip_norm
         self.graphs: list[Graph] = []
         #: what is under way
         self.parameters: dict[str, Tensor] = {}
@@ -210,10 +215,10 @@ class Graph:
             raise Untraceable(f"{listed(sorted(missing))} takes no part in the graph")
         order = tuple(step.parameters)
         if step.plan is None:
-            function = ordinary_step(self._forward, self._inputs, order, step.batch_size)
+            function = ordinary_step(self._forward, self._inputs, order, len(step.mask))
         else:
             function = private_step(
-                self._forward, self._inputs, order, step.plan, step.batch_size, step.clip_norm
+                self._forward, self._inputs, order, step.plan, len(step.mask), step.clip_norm
             )
         with warnings.catch_warnings(), isolated_randomness(tensors):
             warnings.simplefilter("ignore")  # of torch's own making

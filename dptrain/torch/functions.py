@@ -50,24 +50,30 @@ class GroupedLinearFunction(Function):
 
 class ConvolutionFunction(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, anchor, options, weight_use, bias_use):
-        ctx.save_for_backward(x, weight)
+    def forward(ctx, x, weight, bias, anchor, options, weight_use, bias_use, with_result):
+        y = torch.convolution(x, weight, bias, *options)
+        result = None
+        if with_result:
+            result = y if bias is None else y - bias.reshape(-1, *[1] * (y.dim() - 2))
+        ctx.save_for_backward(x, weight, result)
         ctx.options, ctx.uses = options, (weight_use, bias_use)
-        return torch.convolution(x, weight, bias, *options)
+        return y
 
     @staticmethod
     def backward(ctx, g):
-        x, weight = ctx.saved_tensors
+        x, weight, result = ctx.saved_tensors
         weight_use, bias_use = ctx.uses
         if weight_use is not None:
+            weight_use.result = result
             weight_use.arrive(x, g)
+            weight_use.result = None
         if bias_use is not None:
             bias_use.arrive(None, g.flatten(2).sum(2))
         gradient = None
         if ctx.needs_input_grad[0]:
             mask = [True, False, False]
             gradient = aten.convolution_backward(g, x, weight, None, *ctx.options, mask)[0]
-        return gradient, *[None] * 6
+        return gradient, *[None] * 7
 
 
 class LayerNormFunction(Function):

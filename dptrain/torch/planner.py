@@ -1,58 +1,41 @@
 """The plan: for each use, how its norm is formed and how the clipped sum is.
 
-A method fixes both choices; ``auto`` takes what a cost model finds fastest. A plan is
-deterministic and printable.
+A method fixes both choices; ``auto`` takes what is fastest on this device within a memory budget
+(``fastest.py``). A plan is deterministic once made, and printable.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from dptrain.core import cost
+from dptrain.core import cost, methods
 from dptrain.core.methods import Capture, Method, Norm, Sum
 
-from . import plan_table
+from . import fastest, plan_table, route_cost
+from .errors import Refused
 from .pullback import Group, Kind
+from .routes import CPU, DIRECT, GPU, Machine, Route, has_gram, is_direct
+from .stopwatch import Stopwatch
 from .trace import Findings, UseFacts
-from .uses.lookup import Lookup
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What a device can do: operations and bytes a second. Only their ratio matters here."""
-
-    flops_per_s: float
-    bytes_per_s: float
-
-
-#: two AVX-512 cores, and a data-centre GPU; a measurement on the device will replace them
-CPU = Machine(flops_per_s=1.5e11, bytes_per_s=2.5e10)
-GPU = Machine(flops_per_s=5e13, bytes_per_s=2e12)
-
-
-@dataclass(frozen=True)
-class Route:
-    """How one use (or one group of tied or transformed values) is normed and summed.
+class Options:
+    """What ``auto`` may do.
 
     Attributes:
-        norm: "direct", "gram" or "materialise".
-        sum: "reuse" (of the materialised gradients), "contract" or "second-backward".
+        memory_budget: bytes that gradients and operands may hold until the clip factors are known; None
+            for no limit.
+        routes: (pattern of parameter names, route) in the order of precedence.
     """
 
-    norm: str
-    sum: str
-
-    @property
-    def keeps_operands(self) -> bool:
-        return self.sum == "contract"
-
-    @property
-    def keeps_gradients(self) -> bool:
-        return self.sum == "reuse"
+    memory_budget: int | None = None
+    routes: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,6 +47,17 @@ class Plan:
     routes: tuple[Route, ...]
     batch_size: int
     machine: Machine = CPU
+    options: Options = Options()
+
+    @property
+    def results(self) -> frozenset[int]:
+        """Uses, by index, whose norm needs what their operation yielded."""
+        return frozenset(
+            index
+            for group, route in zip(self.findings.groups, self.routes)
+            if group.kind is Kind.STANDARDISED and route.norm == "gram"
+            for index in group.uses
+        )
 
     @property
     def second_backward(self) -> bool:
@@ -87,39 +81,71 @@ class Plan:
         return plan_table.describe(self.rows())
 
 
-def make_plan(method: Method, findings: Findings, batch_size: int, device: torch.device) -> Plan:
+def make_plan(
+    method: Method,
+    findings: Findings,
+    batch_size: int,
+    device: torch.device,
+    options: Options = Options(),
+    stopwatch: Stopwatch | None = None,
+) -> Plan:
     """Choose a route for each group.
 
+    Args:
+        options: of ``auto``.
+        stopwatch: to measure what is large enough; without one the cost model decides everything.
+
     Raises:
-        Refused: a group has no route.
+        Refused: a route that was asked for is not one of a parameter's.
     """
     machine = GPU if device.type == "cuda" else CPU
-    routes = []
-    for group in findings.groups:
-        facts = [findings.uses[i] for i in group.uses]
-        facts = [fact for fact in facts if fact.reached] or facts[:1]
-        if method.capture is Capture.PLANNED:
-            routes.append(_fastest(group, facts, batch_size, machine))
-        else:
-            routes.append(_prescribed(group, facts, method))
-    return Plan(method, findings, tuple(routes), batch_size, machine)
+    seen = [_reached(group, findings) for group in findings.groups]
+    if method.capture is Capture.PLANNED:
+        routes = _planned(findings, seen, batch_size, machine, options, stopwatch)
+    else:
+        routes = [_prescribed(group, facts, method) for group, facts in zip(findings.groups, seen)]
+    return Plan(method, findings, tuple(routes), batch_size, machine, options)
 
 
-def shape_of(fact: UseFacts) -> cost.UseShape:
-    groups, positions, rows, cols = fact.size
-    return cost.UseShape(positions, cols, rows, groups, picked=isinstance(fact.rule, Lookup))
+def _reached(group: Group, findings: Findings) -> list[UseFacts]:
+    facts = [findings.uses[i] for i in group.uses]
+    return [fact for fact in facts if fact.reached] or facts[:1]
 
 
-def has_gram(group: Group, facts: list[UseFacts]) -> bool:
-    return group.kind is not Kind.GENERAL and all(_outer(fact) for fact in facts)
+def _planned(
+    findings: Findings,
+    seen: list[list[UseFacts]],
+    batch_size: int,
+    machine: Machine,
+    options: Options,
+    stopwatch: Stopwatch | None,
+) -> list[Route]:
+    menu = [
+        _wanted(group, fastest.offers(group, facts, batch_size, machine, stopwatch), options)
+        for group, facts in zip(findings.groups, seen)
+    ]
+    if stopwatch is not None:
+        stopwatch.remember()
+    routes = fastest.choose(menu, options.memory_budget)
+    if routes is not None:
+        return routes
+    # Nothing fits: hold no operands and keep no gradients, for the price of another backward pass.
+    ghost = methods.resolve("mixed-ghost")
+    return [_prescribed(group, facts, ghost) for group, facts in zip(findings.groups, seen)]
 
 
-def _outer(fact: UseFacts) -> bool:
-    return fact.size is not None and fact.rule.has_gram(fact.layout)
-
-
-def _is_direct(group: Group, facts: list[UseFacts]) -> bool:
-    return group.kind is Kind.ALONE and facts[0].size is None
+def _wanted(group: Group, offers: list[fastest.Offer], options: Options) -> list[fastest.Offer]:
+    """Only the route that was asked for, if one was."""
+    for pattern, name in options.routes:
+        if any(fnmatch.fnmatchcase(leaf, pattern) for leaf in group.leaves):
+            found = [offer for offer in offers if str(offer.route) == name]
+            if not found:
+                raise Refused(
+                    f"{group.leaves[0]} has no route {name!r}: choose one of "
+                    f"{', '.join(str(offer.route) for offer in offers)}."
+                )
+            return found
+    return offers
 
 
 def _prescribed(group: Group, facts: list[UseFacts], method: Method) -> Route:
@@ -128,36 +154,14 @@ def _prescribed(group: Group, facts: list[UseFacts], method: Method) -> Route:
     gram = has_gram(group, facts)
     if gram and method.norm is Norm.CHEAPER:
         positions = sum(fact.size.positions for fact in facts)
-        whole = shape_of(facts[0])
+        whole = route_cost.shape_of(facts[0])
         gram = cost.gram_saves_memory(cost.UseShape(positions, whole.d_in, whole.d_out))
     elif method.norm is Norm.MATERIALISE:
         gram = False
-    norm = "direct" if _is_direct(group, facts) else ("gram" if gram else "materialise")
+    norm = "direct" if is_direct(group, facts) else ("gram" if gram else "materialise")
     if method.sum is Sum.SECOND_BACKWARD:
         return Route(norm, "second-backward")
     if norm == "direct":  # as small as the parameter's own gradient is for most
-        return Route(norm, "reuse")
+        return DIRECT
     reuse = method.sum is Sum.REUSE or (method.sum is Sum.REUSE_OR_CONTRACT and not gram)
     return Route(norm, "reuse" if reuse else "contract")
-
-
-def _fastest(group: Group, facts: list[UseFacts], batch_size: int, machine: Machine) -> Route:
-    """By operations and bytes: keep and reuse, or Gram and contract (DESIGN section 3)."""
-    if _is_direct(group, facts):
-        return Route("direct", "reuse")
-    if group.one_by_one:
-        return Route("materialise", "reuse")
-    if group.kind is Kind.GENERAL or not has_gram(group, facts):
-        # one pull-back of the clipped sum at the end is cheaper than keeping what was pulled back
-        return Route("materialise", "contract" if all(f.size for f in facts) else "reuse")
-    keep = gram = 0.0
-    for fact in facts:
-        shape = shape_of(fact)
-        product = cost.materialise(shape, batch_size)
-        keep += product.flops / machine.flops_per_s + 3 * product.bytes / machine.bytes_per_s
-        whole = cost.gram(shape, batch_size)
-        gram += (whole.flops + cost.contract(shape, batch_size).flops) / machine.flops_per_s
-        gram += 4 * whole.bytes / machine.bytes_per_s
-    if group.kind is Kind.TIED:
-        gram *= len(facts)
-    return Route("gram", "contract") if gram < keep else Route("materialise", "reuse")

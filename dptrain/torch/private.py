@@ -68,8 +68,7 @@ class PrivateTraining:
         while self._taken < total:
             clipped = None
             for batch, mask, last in batches:
-                part = self._clipped(batch, mask)
-                clipped = part if clipped is None else clipped.add_(part)
+                clipped = self._clipped(batch, mask, clipped)
                 if last:
                     break
             key = self._key.child("noise", self._taken)

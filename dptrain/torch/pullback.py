@@ -1,12 +1,13 @@
 """From gradients of parameter-only values to gradients of leaf parameters.
 
 A per-example norm is taken over the *sum* of the pulled-back gradients of all uses of a leaf.
-Uses fall into groups that share leaves; within a group there are three cases:
+Uses fall into groups that share leaves; within a group there are four cases:
 
 * ``alone``: every value is a selection of its leaf's elements (the leaf itself, a transpose, a
   slice) and no element is selected twice, so pulling back keeps norms and uses are orthogonal;
 * ``tied``: several uses of one whole matrix (tied embeddings, a layer called three times), whose
   cross terms have a Gram form;
+* ``standardised``: one use of a leaf that was standardised per output channel (``standardised.py``);
 * ``general``: anything else (weight standardisation, W + BA, overlapping slices): per-example
   gradients are pulled back by a batched vector-Jacobian product for the norm, and the clipped sum
   by a single one.
@@ -20,9 +21,13 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from . import standardised
 from .capture import Capture, Use, storage_key
 from .layout import Placement
-from .uses.base import gamma, widen
+from .uses import gram
+from .uses.base import widen
+from .uses.convolution import Convolution
+from .uses.gram import gamma
 from .uses.linear import Linear
 from .uses.lookup import Lookup
 
@@ -37,6 +42,7 @@ SELECTIONS = {
 class Kind(Enum):
     ALONE = "alone"
     TIED = "tied"
+    STANDARDISED = "standardised"
     GENERAL = "general"
 
 
@@ -105,6 +111,9 @@ def _kind(
 ) -> tuple[Kind, tuple[bool, ...]]:
     if len(leaves) > 1 or in_low_precision(uses):
         return Kind.GENERAL, ()
+    if len(uses) == 1 and isinstance(uses[0].rule, Convolution):  # noqa: SIM102
+        if standardised.of(uses[0].value, parameters[leaves[0]]) is not None:
+            return Kind.STANDARDISED, ()
     if not all(_is_selection(use.value) for use in uses):
         return Kind.GENERAL, ()
     leaf = parameters[leaves[0]]
@@ -191,10 +200,16 @@ class Side:
     def one_hot(self) -> bool:
         return not self.data.is_floating_point()
 
-    def lengths(self, like: Tensor) -> Tensor:
+    @property
+    def terms(self) -> int:
+        """Features that an inner product of two rows sums over; one picked by an index is exact."""
+        return 0 if self.one_hot else self.data.shape[-1]
+
+    def squared(self, dtype: torch.dtype) -> Tensor:
+        """Squared Frobenius norms ``[B]``."""
         if self.one_hot:
-            return torch.ones(self.data.shape, dtype=like.dtype, device=like.device)
-        return self.data.square().sum(-1).sqrt()
+            return torch.full(self.data.shape[:1], self.data.shape[1], dtype=dtype, device=self.data.device)
+        return self.data.square().sum((1, 2))
 
     def cross(self, other: Side, dtype: torch.dtype) -> Tensor:
         """Inner products of the rows of two factors, ``[B, T, S]``."""
@@ -205,7 +220,7 @@ class Side:
         if other.one_hot:
             index = other.data.unsqueeze(1).expand(-1, self.data.shape[1], -1)
             return self.data.gather(2, index)
-        return self.data @ other.data.mT
+        return gram.products(self.data, other.data)
 
 
 def tied_factors(
@@ -223,24 +238,38 @@ def tied_factors(
 
 def tied_squared_norms(factors: list[tuple[Side, Side]]) -> tuple[Tensor, Tensor]:
     """``||sum_u R_u^T C_u||^2 = sum_{u,w} <R_u R_w^T, C_u C_w^T>`` and a bound on its error."""
-    dense = next(s.data for pair in factors for s in pair if not s.one_hot)
-    dtype = dense.dtype
-    squared = dense.new_zeros(dense.shape[0])
-    bound = dense.new_zeros(dense.shape[0])
-    positions = sum(rows.data.shape[1] for rows, _ in factors)
-    features = max(s.data.shape[-1] for pair in factors for s in pair if not s.one_hot)
-    slack = 2 * gamma(features + 2, dtype) + gamma(2 * positions + len(factors) ** 2, dtype)
+    dtype = next(s.data for pair in factors for s in pair if not s.one_hot).dtype
+    parts = []
     for i, (r1, c1) in enumerate(factors):
-        for j, (r2, c2) in enumerate(factors[: i + 1]):
-            twice = 1 if i == j else 2
-            rr, cc = r1.cross(r2, dtype), c1.cross(c2, dtype)
-            squared += twice * (rr * cc).sum(2).sum(1)
-            if r1.one_hot and r2.one_hot:
-                spread = torch.einsum("bt,bts,bs->b", c1.lengths(cc), rr, c2.lengths(cc))
-            else:
-                spread = (r1.lengths(rr) * c1.lengths(cc)).sum(1) * (r2.lengths(rr) * c2.lengths(cc)).sum(1)
-            bound += twice * slack * spread
-    return squared, bound
+        parts.append(_own_product(r1, c1, dtype))
+        for r2, c2 in factors[:i]:
+            squared, bound = _product(r1, c1, r2, c2, dtype)
+            parts.append((2 * squared, 2 * bound))
+    squared = torch.stack([s for s, _ in parts])
+    rounding = gamma(len(parts), dtype) * squared.abs().sum(0)
+    return squared.sum(0), torch.stack([b for _, b in parts]).sum(0) + rounding
+
+
+def _own_product(rows: Side, cols: Side, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``<R R^T, C C^T>`` and its bound."""
+    if rows.one_hot or cols.one_hot:
+        return _product(rows, cols, rows, cols, dtype)
+    return gram.squared_norms(rows.data.unsqueeze(1), cols.data.unsqueeze(1))
+
+
+def _product(r1: Side, c1: Side, r2: Side, c2: Side, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``<R_1 R_2^T, C_1 C_2^T>`` and its bound."""
+    rr, cc = r1.cross(r2, dtype), c1.cross(c2, dtype)
+    bound = gram.error_bound(
+        (r1.squared(dtype) * r2.squared(dtype)).sqrt(),
+        (c1.squared(dtype) * c2.squared(dtype)).sqrt(),
+        rr.square().sum(2).sum(1),
+        cc.square().sum(2).sum(1),
+        gram.chunked_gamma(min(r1.terms, r2.terms), dtype),
+        gram.chunked_gamma(min(c1.terms, c2.terms), dtype),
+        rr.shape[1] + rr.shape[2],
+    )
+    return (rr * cc).sum(2).sum(1), bound
 
 
 def tied_gradients(factors: list[tuple[Side, Side]], leaf: torch.Size) -> Tensor:
@@ -306,13 +335,23 @@ def _batched_vjp(capture: Capture, values, leaves, gradients):
 
 
 def pull_back_sums(
-    capture: Capture, sums: list[tuple[Tensor, Tensor]], parameters: dict[str, Tensor]
+    capture: Capture,
+    sums: list[tuple[Tensor, Tensor]],
+    parameters: dict[str, Tensor],
+    grads: dict[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Gradients by name from sums over examples with respect to values; the graph is freed."""
-    grads: dict[str, Tensor] = {}
+    """Gradients by name from sums over examples with respect to values; the graph is freed.
+
+    Args:
+        grads: to which they are added, in place.
+    """
+    running = frozenset(grads)
 
     def add(name: str, gradient: Tensor) -> None:
-        grads[name] = grads[name] + gradient if name in grads else gradient
+        if name in running:
+            grads[name].add_(gradient)
+        else:
+            grads[name] = grads[name] + gradient if name in grads else gradient
 
     made = []
     for value, total in sums:

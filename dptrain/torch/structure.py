@@ -76,6 +76,7 @@ class Structure:
                         fact,
                         layout=known.layout,
                         size=known.size,
+                        shapes=known.shapes,
                         routable=known.routable,
                         options=known.options,
                     )
@@ -123,9 +124,11 @@ def find_structure(understudy: Understudy, batch_size: int) -> Structure:
             facts.append(fact)
         elif options:
             unsteady += [] if steady else [fact]
-            sized = next(s.fact.size for s in seen if s.options is not None)
+            told = next(s.fact for s in seen if s.options is not None)
             more = tuple(options) if len(options) > 1 else ()
-            facts.append(dataclasses.replace(fact, layout=options[0], size=sized, options=more))
+            facts.append(
+                dataclasses.replace(fact, layout=options[0], size=told.size, shapes=told.shapes, options=more)
+            )
         elif single:
             facts.append(dataclasses.replace(fact, routed=True))
             patterns.add(fact.pattern)
@@ -233,7 +236,8 @@ def _look(understudy: Understudy, size: int, attempt: int, layouts, ready) -> li
         if seen.options is None:
             seen.shape, seen.options = g.shape, candidates(g.shape, size, use.rule.features)
             sized = use.rule.size(use.value.shape, a, g, size)
-            seen.fact = dataclasses.replace(seen.fact, size=sized)
+            shapes = (None if a is None else a.shape, g.shape)
+            seen.fact = dataclasses.replace(seen.fact, size=sized, shapes=shapes)
         rows = {axis: busy(g, axis) for axis in {layout.axis for layout in seen.options}}
         seen.options = [o for o in seen.options if only_rows_of(example, rows[o.axis], o, size)]
         moved = row_heights(g, use.rule.row_axes(g)).ne(0).byte()

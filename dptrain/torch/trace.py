@@ -31,6 +31,7 @@ class UseFacts:
             not yet settled for a batch.
         routed: the data decide which rows it sees.
         options: further layouts that the small sizes allow, where few rows had a gradient.
+        shapes: of the other operand (None if there is none) and of the output at a small batch size.
         routable: each of its rows is moved by one example, so that it could be routed.
         geometry: which elements of its leaf the value shows, if it is a view of one.
     """
@@ -45,6 +46,7 @@ class UseFacts:
     routed: bool = False
     routable: bool = False
     options: tuple[Placement, ...] = ()
+    shapes: tuple[torch.Size | None, torch.Size] | None = None
 
     @property
     def reached(self) -> bool:

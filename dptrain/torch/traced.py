@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bookkeeping import BLOCK, Bookkeeping, clip_factors, squared_norm
+from .bookkeeping import Bookkeeping, clip_factors
 from .capture import Capture, Use, ignore
 from .guards import backward, check_losses
 from .planner import Plan
 from .trace import match
-from .uses.base import widen
+from .uses.base import BLOCK, squared_norm, widen
+from .uses.convolution import Convolution
 from .uses.linear import Linear
+from .workspace import Workspace
 
 
 class Untraceable(Exception):
@@ -70,6 +72,7 @@ def private_step(
             capture.mark_data(t.detach()[rows]) if example else t
             for t, example in zip(tensors, inputs.examples)
         ]
+        capture.results = plan.results
         with torch.enable_grad(), capture:
             returned = forward(*entered)
         losses = _losses_alone(returned, batch_size, [t._version for t in tensors] != before)
@@ -130,18 +133,18 @@ def _all_parameters(inputs: Inputs, names: tuple[str, ...], tensors) -> dict[str
 
 def _clip(plan, capture, losses, parameters, names, mask, batch_size, clip_norm) -> list[Tensor]:
     match(plan.findings, capture, parameters)
-    books = BranchFree(plan, batch_size)
+    books = BranchFree(plan, parameters, batch_size, NoMemory())
     capture.sink = books.norms
     total = torch.where(mask, losses, 0.0).sum()
     backward(capture, total, parameters, retain_graph=plan.second_backward)
-    squared = books.finish(capture, parameters)
+    squared = books.finish(capture)
     finite = squared.isfinite() & losses.detach().isfinite()
     books.factors = torch.where(finite & mask, clip_factors(squared, clip_norm), 0.0)
     books.contract(capture)
     if plan.second_backward:
         capture.sink = books.second_pass
         backward(capture, total, parameters, retain_graph=False)
-    found = books.pull_back(capture, parameters)
+    found = books.pull_back(capture)
     sums = [
         found[name].detach().reshape(p.shape) if name in found else torch.zeros_like(widen(p.detach()))
         for name, p in parameters.items()
@@ -159,8 +162,8 @@ class BranchFree(Bookkeeping):
     A doubt is a bool tensor ``[]``: this batch is for the eager engine.
     """
 
-    def __init__(self, plan: Plan, batch_size: int):
-        super().__init__(plan, batch_size)
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
         self.doubts: list[Tensor] = []
 
     def _record(self, use: Use, a: Tensor | None, g: Tensor) -> None:
@@ -169,7 +172,7 @@ class BranchFree(Bookkeeping):
         else:
             super()._record(use, a, g)
 
-    def _trusted(self, squared, bound, materialise):
+    def _trusted(self, squared, bound, plainly):
         self.doubts.append(((bound > 0.01 * squared) & squared.isfinite()).any())
         return squared + bound
 
@@ -177,29 +180,38 @@ class BranchFree(Bookkeeping):
         if route.norm == "gram":
             super()._record_alone(use, fact, route, a, g)
             return
-        gradient = self._example_gradients(use, fact, a, g)
+        gradient = self._example_gradients(use, fact, a, g, use.index)
         self._add(_squared_norm(gradient))
         if route.keeps_gradients:
             self.gradients[use.index] = gradient
-        if route.keeps_operands:
-            self.operands[use.index] = (a, g)
 
-    def _example_gradients(self, use, fact, a, g) -> Tensor:
-        if not isinstance(use.rule, Linear):
-            return super()._example_gradients(use, fact, a, g)
+    def _example_gradients(self, use, fact, a, g, name) -> Tensor:
+        rule, layout = use.rule, fact.layout
+        if isinstance(rule, Convolution) and rule.kernel == rule.stride and not rule.transposed:
+            # patches that do not overlap are no larger than the image
+            rows, cols = rule.factors(a, g, layout, self.batch_size)
+            return (rows.mT @ cols).reshape(self.batch_size, *use.value.shape)
+        if not isinstance(rule, Linear):
+            return super()._example_gradients(use, fact, a, g, name)
         # A product is faster whose longer side is the contiguous one: its transpose, if need be.
-        rows, cols = use.rule.factors(a, g, fact.layout, self.batch_size)
-        rows, cols = rows.squeeze(1), cols.squeeze(1)
+        rows, cols = (t.squeeze(1) for t in rule.factors(a, g, layout, self.batch_size))
         if rows.shape[-1] > cols.shape[-1]:
             return torch.bmm(cols.mT, rows).mT
         return torch.bmm(rows.mT, cols)
 
-    def _weigh(self, gradient: Tensor) -> Tensor:
+    def _weigh(self, gradient: Tensor, into: Tensor | None = None) -> Tensor:
         # A reduction reads it once, in the order of memory; a product with a vector is a call for each.
         weights = self.factors.to(gradient.dtype).reshape(-1, *[1] * (gradient.dim() - 1))
         if _is_transposed(gradient):
             return (gradient.mT * weights).sum(0).mT
         return (gradient * weights).sum(0)
+
+
+class NoMemory(Workspace):
+    """The graph's compiler sees to its memory."""
+
+    def take(self, name, shape, like) -> None:
+        return None
 
 
 def _is_transposed(gradients: Tensor) -> bool:

@@ -14,7 +14,7 @@ from dptrain.core import methods
 from dptrain.core.entropy import Key
 from dptrain.core.mechanism import Mechanism
 from dptrain.torch.noise import generator
-from dptrain.torch.uses.base import Factors, gram_squared_norms
+from dptrain.torch.uses import gram
 
 PRIVATE = [row.name for row in methods.TABLE if row.is_private]
 
@@ -174,7 +174,7 @@ def test_rule_7_gram_norms_carry_their_error():
     cols = base[:, :, 1:2] + noise.flip(2)
     for dtype in (torch.float32, torch.bfloat16):
         r, c = rows.to(dtype), cols.to(dtype)
-        squared, bound = gram_squared_norms(Factors(r, c))
+        squared, bound = gram.squared_norms(r, c)
         true = (r.double().mT @ c.double()).square().sum((1, 2, 3))
         assert squared.dtype == torch.float32
         assert ((squared.double() - true).abs() <= bound.double()).all()

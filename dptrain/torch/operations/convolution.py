@@ -69,6 +69,7 @@ def convolution(n: int, transposed: bool):
             geometry,
             weight_use,
             bias_use,
+            weight_use is not None and weight_use.index in capture.results,
         )
 
     return rule

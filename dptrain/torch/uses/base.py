@@ -22,9 +22,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dptrain.core import precision
-
 from ..layout import Placement, Routed
+
+#: elements whose squares float32 can add one after the other
+BLOCK = 1024
 
 
 class Factors(NamedTuple):
@@ -75,9 +76,15 @@ class Rule:
         raise NotImplementedError(f"{self.kind} has no outer-product form")
 
     def example_gradients(
-        self, value: torch.Size, a: Tensor | None, g: Tensor, layout: Placement, batch_size: int
+        self,
+        value: torch.Size,
+        a: Tensor | None,
+        g: Tensor,
+        layout: Placement,
+        batch_size: int,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """Per-example gradients ``[B, *value]`` in float32 or better."""
+        """Per-example gradients ``[B, *value]`` in float32 or better; in ``out``, where a rule can."""
         raise NotImplementedError
 
     def squared_norms(
@@ -94,10 +101,14 @@ class Rule:
         weights: Tensor | None,
         layout: Placement,
         batch_size: int,
+        into: Tensor | None = None,
     ) -> Tensor:
-        """Sum over examples, each weighted by ``weights [B]`` (None: already in ``g``)."""
+        """Sum over examples, each weighted by ``weights [B]`` (None: already in ``g``).
+
+        It is added to ``into``, contiguous and of the value's shape, if there is one.
+        """
         gradients = self.example_gradients(value, a, g, layout, batch_size)
-        return weighted_sum(gradients, weights)
+        return weighted_sum(gradients, weights, into)
 
     def zero_rows(
         self, a: Tensor | None, g: Tensor, keep: Tensor, layout: Placement
@@ -112,53 +123,35 @@ class Rule:
         return a, clean
 
 
-def weighted_sum(gradients: Tensor, weights: Tensor | None) -> Tensor:
-    """``sum_b weights[b] gradients[b]``, shape ``gradients.shape[1:]``."""
+def add_to(into: Tensor | None, total: Tensor) -> Tensor:
+    """``total``, added to ``into`` in place if there is one."""
+    return total if into is None else into.add_(total)
+
+
+def weighted_sum(gradients: Tensor, weights: Tensor | None, into: Tensor | None = None) -> Tensor:
+    """``sum_b weights[b] gradients[b]``, shape ``gradients.shape[1:]``, added to ``into`` if there is one."""
     if weights is None:
-        return gradients.sum(0)
+        return add_to(into, gradients.sum(0))
     flat = gradients.reshape(gradients.shape[0], -1)
-    return (weights.to(flat.dtype) @ flat).reshape(gradients.shape[1:])
+    weights = weights.to(flat.dtype).unsqueeze(0)
+    if into is None or into.dtype != flat.dtype:
+        return add_to(into, (weights @ flat).reshape(gradients.shape[1:]))
+    into.view(1, -1).addmm_(weights, flat)
+    return into
 
 
-def gamma(terms: int, dtype: torch.dtype) -> float:
-    """``core.precision.gamma`` for a torch type; infinite where it bounds nothing."""
-    try:
-        return precision.gamma(terms, str(dtype).removeprefix("torch."))
-    except ValueError:
-        return math.inf
-
-
-def gram_squared_norms(factors: Factors) -> tuple[Tensor, Tensor]:
-    """``||sum_t r_t c_t^T||_F^2 = <R R^T, C C^T>`` per example, with a bound on its error.
-
-    Goodfellow (2015), arXiv 1510.01799 for T = 1; Li et al. (2022), arXiv 2110.05679 for
-    sequences. The terms cancel, so rounding is bounded and not hoped for: an entry of R R^T is off
-    by at most gamma_R ||r_t|| ||r_s|| (Cauchy-Schwarz on Higham's componentwise bound), likewise
-    for C, and the sum, taken in stages, by gamma_{E + 2 T} of its absolute value.
-    """
-    rows, cols = widen(factors.rows), widen(factors.cols)
-    positions = rows.shape[2]
-    dtype = rows.dtype
-    if positions == 1:
-        r2, c2 = rows.square().sum(3), cols.square().sum(3)  # [B, E, 1]
-        squared = (r2 * c2).sum((1, 2))
-        return squared, gamma(rows.shape[3] + cols.shape[3] + rows.shape[1], dtype) * squared
-    rr, cc = rows @ rows.mT, cols @ cols.mT  # [B, E, T, T]
-    r = rr.diagonal(dim1=2, dim2=3).clamp(min=0).sqrt()
-    c = cc.diagonal(dim1=2, dim2=3).clamp(min=0).sqrt()
-    product = rr * cc
-    # in stages, so that the error grows with T and not with T^2
-    squared = product.sum(3).sum(2).sum(1)
-    magnitude = product.abs_().sum((1, 2, 3))
-    # |rr - RR^T| |cc| + |RR^T| |cc - CC^T| <= gamma_R r r^T |cc| + gamma_C c c^T |rr|
-    wrong_r = torch.einsum("bet,bets,bes->b", r, cc.abs_(), r)
-    wrong_c = torch.einsum("bet,bets,bes->b", c, rr.abs_(), c)
-    bound = (
-        gamma(rows.shape[3] + 2, dtype) * wrong_r
-        + gamma(cols.shape[3] + 2, dtype) * wrong_c
-        + gamma(rows.shape[1] + 2 * positions, dtype) * magnitude
-    )
-    return squared, bound.nan_to_num(nan=math.inf)
+def squared_norm(gradients: Tensor) -> Tensor:
+    """Squared norms ``[B]`` of ``[B, ...]``, accumulated in float32 or better."""
+    flat = widen(gradients).reshape(gradients.shape[0], -1)
+    if flat.dtype == torch.float64 or flat.shape[1] <= BLOCK:
+        return torch.linalg.vector_norm(flat, dim=1).square()
+    # A CPU's float32 norm adds one square after the other, and the sum of millions of them swallows
+    # the small ones, so that the norm is understated. Blocks are joined in float64.
+    whole = flat.shape[1] - flat.shape[1] % BLOCK
+    blocks = torch.linalg.vector_norm(flat[:, :whole].unflatten(1, (-1, BLOCK)), dim=2)
+    rest = torch.linalg.vector_norm(flat[:, whole:], dim=1, keepdim=True)
+    parts = torch.cat([blocks, rest], 1).double()
+    return parts.square().sum(1).to(flat.dtype)
 
 
 def reduce_to(gradient: Tensor, aligned: tuple[int, ...], layout: Placement, batch_size: int) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..layout import Routed
-from .base import Rule, reduce_to, widen
+from .base import Rule, add_to, reduce_to, widen
 
 
 @dataclass(frozen=True)
@@ -19,15 +19,15 @@ class Broadcast(Rule):
     def row_axes(self, g):
         return max((axis + 1 for axis, size in enumerate(self.aligned) if size == 1), default=0)
 
-    def example_gradients(self, value, a, g, layout, batch_size):
+    def example_gradients(self, value, a, g, layout, batch_size, out=None):
         return reduce_to(g, self.aligned, layout, batch_size).reshape(batch_size, *value)
 
-    def contract(self, value, a, g, weights, layout, batch_size):
+    def contract(self, value, a, g, weights, layout, batch_size, into=None):
         if weights is not None:
             g = g * layout.per_row(weights, g.dim())
         summed = [d for d in range(g.dim()) if self.aligned[d] == 1]
         total = g.sum(summed, dtype=widen(g[:0]).dtype) if summed else widen(g)
-        return total.reshape(value)
+        return add_to(into, total.reshape(value))
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class PerExample(Rule):
     def row_axes(self, g):
         return 1
 
-    def example_gradients(self, value, a, g, layout, batch_size):
+    def example_gradients(self, value, a, g, layout, batch_size, out=None):
         if isinstance(layout, Routed):
             g = layout.split(g, batch_size).sum((1, 2))
         return g.reshape(batch_size, *value).to(torch.promote_types(g.dtype, torch.float32))

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..layout import Placement
-from .base import Factors, Rule, Size, gram_squared_norms, widen
+from ..layout import Layout, Placement
+from . import gram
+from .base import Factors, Rule, Size, add_to, widen
 
-#: unfolded patches are formed for as many examples at a time as fit into this many bytes
-PATCH_BYTES = 128 * 2**20
+#: unfolded patches and Gram matrices are formed for as many examples at a time as fit into this many bytes
+CHUNK_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Convolution(Rule):
 
     A transposed convolution has value ``[I, O / groups, *kernel]`` and is the adjoint: its weight
     gradient is the one of the convolution that maps ``g`` to ``a``, so the operands change places.
+    Below, ``image`` is what the kernel slides over and ``out`` is what it yields.
     """
 
     kernel: tuple[int, ...] = ()
@@ -48,9 +51,19 @@ class Convolution(Rule):
         return Size(self.groups, positions, value[0] // self.groups, value[1:].numel())
 
     @property
+    def window(self) -> int:
+        """Elements of the kernel if patches overlap so that their Gram matrix is that of pixels, else 1."""
+        return math.prod(self.kernel) if all(s == 1 for s in self.stride) else 1
+
+    @property
     def _pointwise(self) -> bool:
-        one = (1,) * len(self.kernel)
-        return self.kernel == one and self.stride == one and not any(self.padding)
+        return all(k == 1 for k in self.kernel) and not any(self.padding)
+
+    def _picked(self, image: Tensor, out: Tensor) -> Tensor:
+        """What a pointwise kernel sees: ``[N, I, *S'] -> [N, E, I / E, positions]``; a view if unstrided."""
+        steps = zip(self.stride, out.shape[2:])
+        image = image[(..., *(slice(0, s * (n - 1) + 1, s) for s, n in steps))]
+        return image.flatten(2).unflatten(1, (self.groups, -1))
 
     def _patches(self, image: Tensor, positions: torch.Size) -> Tensor:
         """im2col: ``[N, I, *S] -> [N, E, prod(positions), I / E * prod(kernel)]``."""
@@ -68,14 +81,14 @@ class Convolution(Rule):
     def _operands(self, a: Tensor, g: Tensor, layout: Placement, batch_size: int) -> tuple[Tensor, Tensor]:
         """(image, out), examples leading: ``[B * m, I, *S]``, ``[B * m, O, *S']``."""
         image, out = (g, a) if self.transposed else (a, g)
-        return layout.sorted_rows(image, batch_size), layout.sorted_rows(out, batch_size)
+        return widen(layout.sorted_rows(image, batch_size)), widen(layout.sorted_rows(out, batch_size))
+
+    def _rows(self, out: Tensor) -> Tensor:
+        return out.flatten(2).unflatten(1, (self.groups, -1)).mT  # [N, E, T, R]
 
     def _factors(self, image: Tensor, out: Tensor, examples: int) -> Factors:
-        rows = widen(out).flatten(2).unflatten(1, (self.groups, -1)).mT  # [N, E, T, R]
-        if self._pointwise:
-            cols = widen(image).flatten(2).unflatten(1, (self.groups, -1)).mT
-        else:
-            cols = self._patches(widen(image), out.shape[2:])
+        rows = self._rows(out)
+        cols = self._picked(image, out).mT if self._pointwise else self._patches(image, out.shape[2:])
         if image.shape[0] != examples:  # frames or windows folded into the leading axis
 
             def fold(t: Tensor) -> Tensor:
@@ -87,32 +100,126 @@ class Convolution(Rule):
     def factors(self, a, g, layout, batch_size):
         return self._factors(*self._operands(a, g, layout, batch_size), batch_size)
 
-    def _chunks(self, image: Tensor, out: Tensor, batch_size: int):
-        """The operands, a few examples at a time, so that patches stay within PATCH_BYTES."""
-        per_row = image.shape[1] * math.prod(self.kernel) * out.shape[2:].numel() * 4
+    def _chunks(
+        self, image: Tensor, out: Tensor, batch_size: int, row_bytes: int
+    ) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """The operands, a few examples at a time, so that what is made of them stays within CHUNK_BYTES."""
         fold = image.shape[0] // batch_size
-        step = batch_size if self._pointwise else max(1, PATCH_BYTES // max(1, per_row * fold))
+        step = max(1, CHUNK_BYTES // max(1, row_bytes * fold))
         for start in range(0, batch_size, step):
             stop = min(batch_size, start + step)
             rows = slice(start * fold, stop * fold)
-            yield self._factors(image[rows], out[rows], stop - start)
+            yield image[rows], out[rows], stop - start
+
+    def _factor_chunks(self, image: Tensor, out: Tensor, batch_size: int) -> Iterator[Factors]:
+        positions = out.shape[2:].numel()
+        per_row = 0 if self._pointwise else image.shape[1] * math.prod(self.kernel) * positions * 4
+        for part in self._chunks(image, out, batch_size, per_row):
+            yield self._factors(*part)
+
+    # ------------------------------------------------------------------ norms without gradients
 
     def squared_norms(self, a, g, layout, batch_size):
         image, out = self._operands(a, g, layout, batch_size)
-        parts = [gram_squared_norms(f) for f in self._chunks(image, out, batch_size)]
+        if self._by_pixels(image, out, batch_size):
+            per_row = 4 * self.groups * 2 * self._padded(image).numel() ** 2
+            chunks = self._chunks(image, out, batch_size, per_row)
+            parts = [self._pixel_norms(i, o) for i, o, _ in chunks]
+        else:
+            parts = [gram.squared_norms(*f) for f in self._factor_chunks(image, out, batch_size)]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
-    def example_gradients(self, value, a, g, layout, batch_size):
-        image, out = self._operands(a, g, layout, batch_size)
-        parts = [rows.mT @ cols for rows, cols in self._chunks(image, out, batch_size)]
-        gradients = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return gradients.reshape(batch_size, *value)
+    def _padded(self, image: Tensor) -> torch.Size:
+        return torch.Size(s + 2 * p for s, p in zip(image.shape[2:], self.padding))
 
-    def contract(self, value, a, g, weights, layout, batch_size):
+    def _by_pixels(self, image: Tensor, out: Tensor, batch_size: int) -> bool:
+        """Whether the Gram matrix of patches is cheaper by way of that of pixels: S^2 I + k T^2 products
+        and additions in place of T^2 I k. It is not where strides skip pixels."""
+        if self._pointwise or image.shape[0] != batch_size:
+            return False
+        pixels, positions, k = self._padded(image).numel(), out.shape[2:].numel(), math.prod(self.kernel)
+        channels = image.shape[1] // self.groups
+        fits = 4 * self.groups * 2 * pixels**2 <= CHUNK_BYTES
+        # additions move memory: as costly as some 16 products each
+        return fits and pixels**2 * channels + 16 * k * positions**2 < positions**2 * channels * k
+
+    def _pixel_norms(self, image: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        rows = self._rows(out)
+        rr, cc = gram.products(rows, rows), self.patch_gram(image, out.shape[2:])
+        bound = gram.error_bound(
+            rows.square().sum((1, 2, 3)),
+            cc.diagonal(dim1=2, dim2=3).sum((1, 2)),
+            rr.square().sum((1, 2, 3)),
+            cc.square().sum((1, 2, 3)),
+            gram.chunked_gamma(rows.shape[3], rows.dtype),
+            gram.chunked_gamma(image.shape[1] // self.groups, rows.dtype)
+            + gram.gamma(math.prod(self.kernel), rows.dtype),
+            self.groups + 2 * rows.shape[2],
+        )
+        return rr.mul_(cc).sum(3).sum(2).sum(1), bound
+
+    def patch_gram(self, image: Tensor, positions: torch.Size) -> Tensor:
+        """Inner products of patches ``[N, E, T, T]``: a patch is made of pixels, so those of pixels are
+        taken once and added up along the kernel's offsets."""
+        pixels = image.flatten(2).unflatten(1, (self.groups, -1)).mT  # [N, E, S, I / E]
+        dims = len(self.kernel)
+        each = gram.products(pixels, pixels).unflatten(3, image.shape[2:]).unflatten(2, image.shape[2:])
+        if any(self.padding):
+            each = F.pad(each, [p for size in reversed(self.padding * 2) for p in (size, size)])
+        total: Tensor | None = None
+        for offset in (
+            torch.cartesian_prod(*(torch.arange(k) for k in self.kernel)).reshape(-1, dims).tolist()
+        ):
+            geometry = zip(offset, self.dilation, self.stride, positions)
+            at = [slice(o * d, o * d + s * (n - 1) + 1, s) for o, d, s, n in geometry]
+            shifted = each[(slice(None), slice(None), *at, *at)]
+            total = shifted.clone() if total is None else total.add_(shifted)
+        assert total is not None
+        return total.flatten(2 + dims).flatten(2, 1 + dims)
+
+    # ------------------------------------------------------------------ gradients
+
+    def example_gradients(self, value, a, g, layout, batch_size, out=None):
+        image, outcome = self._operands(a, g, layout, batch_size)
+        if self._pointwise or image.device.type != "cpu":
+            shape = (batch_size, self.groups, value[0] // self.groups, value[1:].numel())
+            if out is None:
+                out = image.new_empty(batch_size, *value)
+            done = 0
+            for rows, cols in self._factor_chunks(image, outcome, batch_size):
+                part = out.view(shape)[done : done + len(rows)]
+                torch.matmul(rows.mT, cols, out=part)
+                done += len(rows)
+            return out
+        # A CPU's convolutions are as fast for one example as for many, and need no patches.
+        out = image.new_empty(batch_size, *value) if out is None else out
+        for b, (one_image, one_out, _) in enumerate(self._chunks(image, outcome, batch_size, CHUNK_BYTES)):
+            out[b] = self._weight_gradient(value, one_image, one_out)
+        return out
+
+    def contract(self, value, a, g, weights, layout, batch_size, into=None):
+        if self._pointwise and a.device.type == "cpu" and self.groups == 1 and weights is not None:
+            return self._contract_pointwise(value, a, g, weights, layout, batch_size, into)
         if weights is not None:
             g = g * layout.per_row(weights, g.dim())
-        a, g = widen(a), widen(g)
-        image, out = (g, a) if self.transposed else (a, g)
+        image, out = self._operands(a, g, Layout(), batch_size)  # the order of the rows is no matter here
+        return add_to(into, self._weight_gradient(value, image, out))
+
+    def _contract_pointwise(self, value, a, g, weights, layout, batch_size, into):
+        """One matrix product per image, the narrower operand weighted while it is in the cache."""
+        image, out = (widen(t) for t in ((g, a) if self.transposed else (a, g)))
+        rows, cols = out.flatten(2), self._picked(image, out).squeeze(1)  # [N, O, T], [N, I, T]
+        total = image.new_zeros(value) if into is None else into
+        flat = total.view(value[0], -1)
+        for weight, left, right in zip(layout.per_row(weights, 1), rows, cols):
+            if left.shape[0] < right.shape[0]:
+                flat.addmm_(left * weight, right.mT)
+            else:
+                flat.addmm_(left, (right * weight).mT)
+        return total
+
+    def _weight_gradient(self, value: torch.Size, image: Tensor, out: Tensor) -> Tensor:
+        """Summed over all rows, ``[*value]``."""
         padding = self.padding
         if self.transposed:
             # output_padding may leave room for further windows, which the forward pass never had

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..layout import Placement, Routed
-from .base import Factors, Rule, Size, gram_squared_norms, positions_of, reduce_to, widen
+from . import gram
+from .base import Factors, Rule, Size, add_to, positions_of, reduce_to, widen
 
 
 @dataclass(frozen=True)
@@ -39,17 +40,21 @@ class Linear(Rule):
         return Factors(rows.unsqueeze(1), cols.unsqueeze(1))
 
     def squared_norms(self, a, g, layout, batch_size):
-        return gram_squared_norms(self.factors(a, g, layout, batch_size))
+        return gram.squared_norms(*self.factors(a, g, layout, batch_size))
 
-    def example_gradients(self, value, a, g, layout, batch_size):
+    def example_gradients(self, value, a, g, layout, batch_size, out=None):
         rows, cols = self._examples(a, g, layout, batch_size)
-        return torch.bmm(rows.mT, cols)
+        return torch.bmm(rows.mT, cols, out=out)
 
-    def contract(self, value, a, g, weights, layout, batch_size):
-        if weights is not None:
-            g = g * layout.per_row(weights, g.dim())
-        rows, cols = self._order(widen(a), widen(g))
-        return rows.reshape(-1, rows.shape[-1]).mT @ cols.reshape(-1, cols.shape[-1])
+    def contract(self, value, a, g, weights, layout, batch_size, into=None):
+        a, g = widen(a), widen(g)
+        if weights is not None:  # the narrower operand is weighted, which touches less memory
+            if a.shape[-1] < g.shape[-1]:
+                a = a * layout.per_row(weights, a.dim())
+            else:
+                g = g * layout.per_row(weights, g.dim())
+        rows, cols = (t.reshape(-1, t.shape[-1]) for t in self._order(a, g))
+        return rows.mT @ cols if into is None else into.addmm_(rows.mT, cols)
 
 
 @dataclass(frozen=True)
@@ -82,9 +87,9 @@ class GroupedLinear(Rule):
         return Factors(canonical(a), canonical(g))
 
     def squared_norms(self, a, g, layout, batch_size):
-        return gram_squared_norms(self.factors(a, g, layout, batch_size))
+        return gram.squared_norms(*self.factors(a, g, layout, batch_size))
 
-    def example_gradients(self, value, a, g, layout, batch_size):
+    def example_gradients(self, value, a, g, layout, batch_size, out=None):
         if (
             not isinstance(layout, Routed) and layout.axis == 0
         ):  # each group belongs to one example: all others get zero
@@ -93,8 +98,8 @@ class GroupedLinear(Rule):
         rows, cols = self.factors(a, g, layout, batch_size)
         return rows.mT @ cols
 
-    def contract(self, value, a, g, weights, layout, batch_size):
+    def contract(self, value, a, g, weights, layout, batch_size, into=None):
         if weights is not None:
             g = g * layout.per_row(weights, g.dim())
         rows, cols = widen(a).flatten(1, -2), widen(g).flatten(1, -2)
-        return rows.mT @ cols
+        return add_to(into, rows.mT @ cols)

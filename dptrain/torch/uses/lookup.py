@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..layout import Placement
-from .base import Rule, Size, gamma, widen
+from .base import Rule, Size, widen
+from .gram import gamma
 
 
 @dataclass(frozen=True)
@@ -51,17 +52,17 @@ class Lookup(Rule):
         terms = gradient.shape[2] + 2 * gradient.shape[1] + 2
         return squared, gamma(terms, gradient.dtype) * spread
 
-    def example_gradients(self, value, a, g, layout, batch_size):
+    def example_gradients(self, value, a, g, layout, batch_size, out=None):
         indices, gradient = self.picked(a, g, layout, batch_size)
         table = gradient.new_zeros(batch_size * value[0], gradient.shape[2])
         offset = torch.arange(batch_size, device=indices.device).unsqueeze(1) * value[0]
         table.index_add_(0, (indices + offset).flatten(), gradient.flatten(0, 1))
         return table.reshape(batch_size, *value)
 
-    def contract(self, value, a, g, weights, layout, batch_size):
+    def contract(self, value, a, g, weights, layout, batch_size, into=None):
         indices, gradient = self.picked(a, g, layout, batch_size)
         if weights is not None:
             gradient = gradient * weights.to(gradient.dtype).reshape(-1, 1, 1)
-        table = gradient.new_zeros(value[0], gradient.shape[2])
-        table.index_add_(0, indices.flatten(), gradient.flatten(0, 1))
+        table = gradient.new_zeros(value[0], gradient.shape[2]) if into is None else into.view(value[0], -1)
+        table.index_add_(0, indices.flatten(), gradient.flatten(0, 1).to(table.dtype))
         return table.reshape(value)

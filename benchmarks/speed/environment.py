@@ -1,0 +1,116 @@
+"""Where a figure comes from: commit, versions, processor, and who else was at work."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.zoo.engines import version_of
+
+
+def save(record: dict[str, Any], path: Path | None) -> None:
+    """Write a record, if a path was given."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1, default=str) + "\n")
+
+
+def git(*arguments: str) -> str:
+    root = Path(__file__).parent
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=root).stdout.strip()
+
+
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """Commit (and whether the code differs from it), versions, the machine and its threads."""
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "changed_since_commit": bool(git("status", "--porcelain", "--", "../../dptrain", ".")),
+        "versions": {name: version_of(name) for name in ("torch", "timm", "transformers", "numpy")},
+        "python": platform.python_version(),
+        "device": device,
+        "machine": machine(device),
+        "threads": torch.get_num_threads(),
+        "date": time.strftime("%Y-%m-%d"),
+        "command": command(sys.argv[1:]),
+    }
+
+
+def command(arguments: list[str]) -> str:
+    """As it was given; of files and folders, whose place is nobody's business, only the names."""
+    names = [Path(a).name if a.startswith(("/", "~")) else a for a in arguments]
+    return "python -m benchmarks.speed " + " ".join(names)
+
+
+def without_places(traceback: str) -> str:
+    """A traceback whose paths begin at the repository or the interpreter's libraries."""
+    root = str(Path(__file__).resolve().parents[2]) + os.sep
+    return traceback.replace(root, "").replace(sys.prefix + os.sep, "")
+
+
+def machine(device: str) -> dict[str, Any]:
+    found: dict[str, Any] = {"architecture": platform.machine(), "cores": os.cpu_count()}
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = cpuinfo.read_text().splitlines()
+        found["processor"] = next((x.split(":")[1].strip() for x in lines if "model name" in x), None)
+    found["instructions"] = torch.backends.cpu.get_cpu_capability()
+    if device.startswith("cuda"):
+        found["gpu"] = torch.cuda.get_device_name()
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+@dataclass
+class Quiet:
+    """A context that sees how busy others kept the machine meanwhile.
+
+    ``record()`` gives the load before and after, and the share of all cores that other processes took,
+    None where /proc/stat does not tell.
+    """
+
+    before: tuple[float, ...] = ()
+    after: tuple[float, ...] = ()
+    others: float | None = None
+    _start: Any = field(default=None, repr=False)
+
+    def __enter__(self) -> Quiet:
+        self.before = os.getloadavg()
+        self._start = (time.perf_counter(), own_cpu_s(), all_cpu_s())
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        wall, own, everyone = time.perf_counter(), own_cpu_s(), all_cpu_s()
+        self.after = os.getloadavg()
+        if everyone is not None and self._start[2] is not None:
+            foreign = (everyone - self._start[2]) - (own - self._start[1])
+            self.others = max(0.0, foreign / ((wall - self._start[0]) * (os.cpu_count() or 1)))
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "load_before": list(self.before),
+            "load_after": list(self.after),
+            "cpu_share_of_others": self.others,
+        }
+
+
+def own_cpu_s() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def all_cpu_s() -> float | None:
+    """Busy seconds of all cores since boot: user, nice, system, irq, softirq, steal."""
+    stat = Path("/proc/stat")
+    if not stat.is_file():
+        return None
+    user, nice, system, _, _, irq, soft, steal = map(int, stat.read_text().splitlines()[0].split()[1:9])
+    return (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK")

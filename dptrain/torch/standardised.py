@@ -1,0 +1,149 @@
+"""Weight standardisation: norms of pulled-back gradients without pulling them back.
+
+A standardised weight ``w' = (w - mean) / sqrt(v + eps)``, per output channel with fan-in n and variance v,
+is made of its leaf by a map whose derivative is known. With g the gradient with respect to w', the one
+with respect to w has, per channel, the squared norm
+
+    (|g|^2 - (1^T g)^2 / n - (2 - rho) (w'^T g)^2 / n) / (v + eps),    rho = v / (v + eps),
+
+because the derivative is ``(I - 1 1^T / n - w' w'^T / n) / sqrt(v + eps)``, ``1^T w' = 0`` and
+``|w'|^2 = n rho``. So an example's norm needs three numbers per channel, from its gradient at w' or from
+Gram matrices, and the clipped sum is pulled back once for all examples.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .capture import storage_key
+from .layout import Placement
+from .uses.base import widen
+from .uses.convolution import Convolution
+from .uses.gram import gamma
+
+#: autograd nodes that change a shape and nothing else
+RESHAPES = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
+
+
+@dataclass(frozen=True)
+class Standardisation:
+    """``weight [O, n]`` is the standardised one; ``scale [O]`` is ``1 / sqrt(v + eps)``."""
+
+    weight: Tensor
+    scale: Tensor
+    rho: Tensor
+
+    @property
+    def fan_in(self) -> int:
+        return self.weight.shape[1]
+
+    def norms(self, gradients: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared norms ``[B]`` at the leaf from gradients ``[B, *value]``, and a bound on their error."""
+        g = gradients.flatten(2)
+        whole = torch.linalg.vector_norm(g, dim=2).square()  # [B, O]
+        along = (g * self.weight).sum(2)
+        squared = self._joined(whole.mv(self.scale.square()), g.sum(2), along)
+        # each of the three numbers is off by gamma_n times what it would be if nothing cancelled
+        rounding = 8 * gamma(self.fan_in + 8, g.dtype)
+        return squared, rounding * whole.mv(self.scale.square())
+
+    def pulled_back(self, gradients: Tensor) -> Tensor:
+        """Gradients at the leaf ``[B, O, n]``: slower than their norms, and without cancellation."""
+        g = gradients.flatten(2)
+        along = (g * self.weight).mean(2, keepdim=True)
+        return (g - g.mean(2, keepdim=True) - self.weight * along) * self.scale[:, None]
+
+    def gram_norms(
+        self,
+        rule: Convolution,
+        a: Tensor,
+        g: Tensor,
+        result: Tensor | None,
+        layout: Placement,
+        batch_size: int,
+    ) -> tuple[Tensor, Tensor]:
+        """The same from what the convolution saw.
+
+        Args:
+            result: what it yielded in float32 or better and without its bias; None to compute it anew.
+        """
+        a, g = widen(a), widen(g)
+        if result is None:
+            result = _convolve(rule, a, self.weight.to(a.dtype).reshape(-1, a.shape[1], *rule.kernel))
+        weighted = g * self.scale.reshape(-1, *[1] * (g.dim() - 2))
+        whole, bound = rule.squared_norms(a, weighted, layout, batch_size)
+        sums, lengths = _patch_sums(rule, a)  # [N, T]
+        by_channel = g.flatten(2)  # [N, O, T]
+
+        def per_example(rows: Tensor) -> Tensor:
+            return layout.examples_first(rows, batch_size, 1).sum(1)
+
+        total = per_example(torch.bmm(by_channel, sums.unsqueeze(2)).squeeze(2))
+        along = per_example((by_channel * result.flatten(2)).sum(2))
+        magnitude = per_example(torch.bmm(by_channel.abs(), lengths.unsqueeze(2)).squeeze(2))
+        # both are sums over positions and fan-in of terms that add up to |patch| |g| sqrt(n) at most
+        n = self.fan_in
+        slip = gamma(2 * n + by_channel.shape[2] + 8, g.dtype) * math.sqrt(n) * magnitude
+        extra = (2 * (total.abs() + 2 * along.abs()) * slip + 3 * slip.square()) / n
+        bound = bound + extra.mv(self.scale.square()) + 8 * gamma(n, g.dtype) * whole.abs()
+        return self._joined(whole, total, along), bound
+
+    def _joined(self, whole: Tensor, total: Tensor, along: Tensor) -> Tensor:
+        """From ``sum_o |g|^2 / (v + eps)`` ``[B]``, ``1^T g`` and ``w'^T g`` ``[B, O]``."""
+        lost = (total.square() + (2 - self.rho) * along.square()) / self.fan_in
+        return whole - lost.mv(self.scale.square())
+
+
+def _convolve(rule: Convolution, image: Tensor, weight: Tensor) -> Tensor:
+    function = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(rule.kernel)]
+    return function(image, weight, None, rule.stride, rule.padding, rule.dilation)
+
+
+def _patch_sums(rule: Convolution, a: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of the elements of each patch, and its length: ``[N, T]``."""
+    ones = a.new_ones(1, 1, *rule.kernel)
+    sums, squares = (_convolve(rule, t.sum(1, keepdim=True), ones).flatten(1) for t in (a, a.square()))
+    return sums, squares.clamp(min=0).sqrt()
+
+
+def has_gram(rule: Convolution) -> bool:
+    """Whether the Gram form of this module holds: plain convolutions of one group."""
+    return isinstance(rule, Convolution) and rule.groups == 1 and not rule.transposed
+
+
+def of(value: Tensor, leaf: Tensor) -> Standardisation | None:
+    """How ``value`` was made of ``leaf``, if it was standardised per output channel, else None.
+
+    Many implementations standardise by batch normalisation of the weight as one example
+    (``F.batch_norm(w.reshape(1, O, -1), training=True)``); autograd's node has kept what is needed.
+    """
+    node = _past_reshapes(value.grad_fn)
+    if node is None or node.name() != "NativeBatchNormBackward0":
+        return None
+    plain = node._saved_training and node._saved_weight is None
+    source = node._saved_input
+    if not plain or value.dim() < 3 or value.shape != leaf.shape or value.dtype != leaf.dtype:
+        return None
+    if source.shape[:2] != (1, value.shape[0]) or not _same_memory(source, leaf):
+        return None
+    below = _past_reshapes(node.next_functions[0][0])
+    if getattr(below, "variable", None) is not leaf:
+        return None
+    scale = node._saved_result2.detach()
+    rho = 1 - node._saved_eps * scale.square()
+    return Standardisation(value.detach().flatten(1), scale, rho)
+
+
+def _same_memory(source: Tensor, leaf: Tensor) -> bool:
+    return storage_key(source) == storage_key(leaf) and source.storage_offset() == leaf.storage_offset()
+
+
+def _past_reshapes(node):
+    while node is not None and node.name() in RESHAPES:
+        node = node.next_functions[0][0]
+    return node

@@ -1,0 +1,172 @@
+"""How long a use takes by each route on this device, measured for a moment and remembered.
+
+Whether keeping gradients or recomputing them wins depends on memory traffic as much as on arithmetic, so
+operations and bytes alone do not decide it. Only shapes are timed, on random numbers: no data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .layout import Layout
+from .standardised import Standardisation
+from .uses.base import squared_norm, weighted_sum
+
+if TYPE_CHECKING:
+    from .trace import UseFacts
+
+#: products and additions of a use, for the whole batch, below which the cost model decides
+WORTH_MEASURING = 2e8
+#: kept gradients come back from memory, not from a cache: as many buffers are filled as exceed it
+CACHE_BYTES = 64 * 2**20
+REPEATS = 3
+
+Route = tuple[str, str]
+
+
+class Stopwatch:
+    """Seconds by use and route; one for a device and a type."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, remembered: Path | None = None):
+        self.device, self.dtype = device, dtype
+        self._path = remembered
+        self._known: dict[str, float] = _read(remembered)
+        self._fresh = False
+
+    def seconds(self, fact: UseFacts, route: Route, batch_size: int, standardised: bool) -> float | None:
+        """What norm and sum of a use cost by (norm, sum); None for what cannot be timed by itself."""
+        if fact.size is None or fact.shapes is None or not isinstance(fact.layout, Layout):
+            return None
+        if (
+            fact.shapes[0] is None
+            or fact.size.positions * fact.value.numel() * 2 * batch_size < WORTH_MEASURING
+        ):
+            return None
+        name = self._name(fact, route, batch_size, standardised)
+        if name not in self._known:
+            try:
+                self._known[name] = self._measure(fact, route, batch_size, standardised)
+            except (RuntimeError, MemoryError):  # too large for this route: never choose it
+                self._known[name] = float("inf")
+            self._fresh = True
+        return self._known[name]
+
+    def remember(self) -> None:
+        """Write what is new to the file, for the next run on this device."""
+        if self._path is None or not self._fresh:
+            return
+        with contextlib.suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            scratch = self._path.with_suffix(f".{os.getpid()}")
+            scratch.write_text(json.dumps(_read(self._path) | self._known, indent=0, sort_keys=True))
+            scratch.replace(self._path)
+        self._fresh = False
+
+    def _name(self, fact: UseFacts, route: Route, batch_size: int, standardised: bool) -> str:
+        what: list[Any] = [
+            fact.rule,
+            tuple(fact.value),
+            [None if s is None else tuple(s) for s in fact.shapes],
+        ]
+        what += [fact.layout, batch_size, standardised, *route, self.dtype]
+        return " ".join(map(str, what))
+
+    def _measure(self, fact: UseFacts, route: Route, batch_size: int, standardised: bool) -> float:
+        a, g = (self._random(shape, fact.layout, batch_size) for shape in fact.shapes)
+        weights = torch.rand(batch_size, device=self.device, dtype=self.dtype)
+        into = torch.zeros(fact.value, device=self.device, dtype=self.dtype)
+        norms = self._standardised(fact) if standardised else None
+        place = (fact.layout, batch_size)
+        total = 0.0
+        if route == ("materialise", "reuse"):
+            size = batch_size * into.numel() * into.element_size()
+            count = max(1, min(16, -(-CACHE_BYTES // size)))
+            buffers = [into.new_zeros(batch_size, *fact.value) for _ in range(count)]
+
+            def fill(buffer: Tensor) -> None:
+                gradients = fact.rule.example_gradients(fact.value, a, g, *place, buffer)
+                norms.norms(gradients) if norms else squared_norm(gradients)
+
+            total += self._time([lambda b=b: fill(b) for b in buffers])
+            return total + self._time([lambda b=b: weighted_sum(b, weights, into) for b in buffers])
+        if route[0] == "gram":
+            if norms:
+                total += self._time([lambda: norms.gram_norms(fact.rule, a, g, g, *place)])
+            else:
+                total += self._time([lambda: fact.rule.squared_norms(a, g, *place)])
+        else:
+            scratch = into.new_zeros(batch_size, *fact.value)
+            total += self._time(
+                [lambda: squared_norm(fact.rule.example_gradients(fact.value, a, g, *place, scratch))]
+            )
+        return total + self._time([lambda: fact.rule.contract(fact.value, a, g, weights, *place, into)])
+
+    def _random(self, shape: torch.Size, layout: Layout, batch_size: int) -> Tensor:
+        sizes = list(shape)
+        sizes[layout.axis] = layout.rows(batch_size)
+        return torch.randn(sizes, device=self.device, dtype=self.dtype)
+
+    def _standardised(self, fact: UseFacts) -> Standardisation:
+        rows = torch.randn(fact.value, device=self.device, dtype=self.dtype).flatten(1)
+        return Standardisation(rows, torch.ones_like(rows[:, 0]), torch.ones_like(rows[:, 0]))
+
+    def _time(self, works: list[Callable[[], Any]]) -> float:
+        """Median seconds of one of the works, done in turn."""
+        works[0]()
+        samples = []
+        for i in range(max(REPEATS, len(works))):
+            self._finish()
+            start = time.perf_counter()
+            works[i % len(works)]()
+            self._finish()
+            samples.append(time.perf_counter() - start)
+        return statistics.median(samples)
+
+    def _finish(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def stopwatch(device: torch.device, dtype: torch.dtype) -> Stopwatch:
+    """The one for this device, which remembers what earlier runs measured.
+
+    The file lies in ``$XDG_CACHE_HOME/dptrain`` (``~/.cache``); ``DPTRAIN_CACHE`` names another folder,
+    or nothing to remember nothing.
+    """
+    folder = os.environ.get("DPTRAIN_CACHE")
+    if folder == "":
+        return Stopwatch(device, dtype)
+    root = (
+        Path(folder)
+        if folder
+        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dptrain"
+    )
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    machine = f"{name} {torch.__version__} {torch.get_num_threads() if device.type == 'cpu' else ''}"
+    return Stopwatch(device, dtype, root / f"routes-{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json")
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()} {torch.backends.cpu.get_cpu_capability()}"
+    return torch.backends.cpu.get_cpu_capability()
+
+
+def _read(path: Path | None) -> dict[str, float]:
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        known = json.loads(path.read_text())
+        return {k: float(v) for k, v in known.items()}
+    return {}

@@ -1,0 +1,133 @@
+"""Norms of outer-product gradients without the gradients, and how far they can be off.
+
+``||sum_t r_t c_t^T||_F^2 = <R R^T, C C^T>`` for each example: Goodfellow (2015), arXiv 1510.01799
+for one position; Li et al. (2022), arXiv 2110.05679 for sequences. Both matrices are symmetric, so
+only blocks on and below their diagonals are formed.
+
+The terms cancel, so rounding is bounded and not hoped for (rule 7). With ``gamma_n = n u / (1 - n u)``
+(Higham 2002, section 3.1, in any order of summation), an entry of R R^T is off by at most
+``gamma_R |r_t| |r_s|``, and by Cauchy-Schwarz the inner product of the two by at most
+
+    gamma_R |R|^2 ||C C^T|| + gamma_C |C|^2 ||R R^T|| + gamma_S ||R R^T|| ||C C^T||
+
+in Frobenius norms, gamma_S being that of the summation over positions, taken in stages.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dptrain.core import precision
+
+from .base import widen
+
+#: features are summed by chunks, so that the error grows with the size of one and the number of them
+CHUNK = 1024
+#: rows of blocks for the lower triangle: (1 + 1/3) / 2 of the products
+BLOCKS = 3
+#: positions from which blocks pay for themselves
+SMALLEST_BLOCK = 32
+#: bytes of a row of blocks, for all examples
+BLOCK_BYTES = 64 * 2**20
+#: what second-order terms and the rounding of the bound itself can come to
+SLACK = 1.01
+
+
+def gamma(terms: int, dtype: torch.dtype) -> float:
+    """``core.precision.gamma`` for a torch type; infinite where it bounds nothing."""
+    try:
+        return precision.gamma(terms, str(dtype).removeprefix("torch."))
+    except ValueError:
+        return math.inf
+
+
+def chunked_gamma(features: int, dtype: torch.dtype) -> float:
+    """Of a sum over ``features`` taken by ``products``."""
+    return gamma(min(features, CHUNK) + -(-features // CHUNK) + 2, dtype)
+
+
+def products(left: Tensor, right: Tensor) -> Tensor:
+    """``left right^T`` over the last two axes, ``[..., T, F], [..., S, F] -> [..., T, S]``."""
+    features = left.shape[-1]
+    total = left[..., :CHUNK] @ right[..., :CHUNK].mT
+    for start in range(CHUNK, features, CHUNK):
+        chunk = slice(start, start + CHUNK)
+        total += left[..., chunk] @ right[..., chunk].mT
+    return total
+
+
+def squared_norms(rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared norms ``[B]`` of ``sum_t rows[b, e, t] (x) cols[b, e, t]`` and a bound ``[B]`` on their error.
+
+    Args:
+        rows: ``[B, E, T, R]``.
+        cols: ``[B, E, T, C]``.
+    """
+    rows, cols = widen(rows), widen(cols)
+    examples, groups, positions = rows.shape[:3]
+    dtype = rows.dtype
+    r2, c2 = rows.square().sum(3), cols.square().sum(3)  # [B, E, T]
+    if positions == 1:
+        squared = (r2 * c2).sum((1, 2))
+        return squared, gamma(rows.shape[3] + cols.shape[3] + groups, dtype) * squared
+    squared, rr2, cc2 = (rows.new_zeros(examples) for _ in range(3))
+    for start, stop in _blocks(positions, positions * examples * groups * rows.element_size()):
+        rr = products(rows[:, :, start:stop], rows[:, :, :stop])
+        cc = products(cols[:, :, start:stop], cols[:, :, :stop])
+        rr2 += _twice_less_diagonal(rr * rr, start)
+        cc2 += _twice_less_diagonal(cc * cc, start)
+        squared += _twice_less_diagonal(rr.mul_(cc), start)
+    bound = error_bound(
+        r2.sum((1, 2)),
+        c2.sum((1, 2)),
+        rr2,
+        cc2,
+        chunked_gamma(rows.shape[3], dtype),
+        chunked_gamma(cols.shape[3], dtype),
+        groups + 2 * positions,
+    )
+    return squared, bound
+
+
+def error_bound(
+    r2: Tensor,
+    c2: Tensor,
+    rr2: Tensor,
+    cc2: Tensor,
+    row_gamma: float,
+    col_gamma: float,
+    positions: int,
+) -> Tensor:
+    """The bound of this module, ``[B]``; infinite where something is not finite.
+
+    Args:
+        r2, c2: ``|R|^2`` and ``|C|^2``, ``[B]``.
+        rr2, cc2: squared Frobenius norms of the two matrices.
+        row_gamma, col_gamma: of the sum over features behind an entry of either.
+        positions: terms of the longest chain of additions of the inner product.
+    """
+    dtype = r2.dtype
+    rr, cc = rr2.sqrt(), cc2.sqrt()
+    bound = row_gamma * r2 * cc
+    bound += col_gamma * c2 * rr
+    bound += gamma(positions + 2, dtype) * rr * cc
+    return (SLACK * bound).nan_to_num(nan=math.inf)
+
+
+def _blocks(positions: int, bytes_per_row: int) -> list[tuple[int, int]]:
+    """(start, stop) of rows of blocks."""
+    step = -(-positions // BLOCKS // 16) * 16 if positions >= BLOCKS * SMALLEST_BLOCK else positions
+    step = max(1, min(step, BLOCK_BYTES // bytes_per_row))
+    return [(start, min(start + step, positions)) for start in range(0, positions, step)]
+
+
+def _twice_less_diagonal(block: Tensor, start: int) -> Tensor:
+    """Sum over a symmetric matrix's part ``[B, E, rows, :stop]``: entries left of the diagonal block count
+    for their mirror images as well. In stages, so that the error grows with T and not with T^2."""
+    by_row = block.sum(3)
+    if start:
+        by_row += block[..., :start].sum(3)
+    return by_row.sum(2).sum(1)
