@@ -64,6 +64,9 @@ class RunDisplay:
         self._steps = run.mechanism.steps
         self._held_out_name = run.held_out_name
 
+    def compiles(self) -> None:
+        self._status.update("Compiling the private step, which can take a minute or two ...")
+
     def chose_physical_batch_size(self, size: int, trials: list[Trial]) -> None:
         self._status.stop()
         if trials:

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from .errors import CARRIED, WRITTEN, Refused
@@ -34,6 +35,12 @@ Sink = Callable[["Use", Tensor | None, Tensor], None]
 
 def ignore(*_: Any) -> None:
     """The sink of a forward pass whose uses are not wanted, or not yet."""
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Equal for tensors that share memory; under tracing (``compile.py``) there is none yet."""
+    storage = tensor.untyped_storage()
+    return storage._cdata if isinstance(tensor, FakeTensor) else storage.data_ptr()
 
 
 MARK = "_dptrain_mark"  # on tensors of one forward pass, never on modules
@@ -98,7 +105,7 @@ class Capture(TorchFunctionMode):
     ):
         super().__init__()
         self.names = {id(p): name for name, p in parameters.items()}
-        self._guarded = {p.untyped_storage().data_ptr() for p in (*parameters.values(), *others)}
+        self._guarded = {storage_key(p) for p in (*parameters.values(), *others)}
         self.batch_size = batch_size
         self.sink = sink
         self.layouts = layouts
@@ -271,7 +278,7 @@ class Capture(TorchFunctionMode):
 
     def _check_target(self, target: Any) -> None:
         """Data written into a parameter would be released as it is; ``.data`` hides it from autograd."""
-        if isinstance(target, Tensor) and target.untyped_storage().data_ptr() in self._guarded:
+        if isinstance(target, Tensor) and storage_key(target) in self._guarded:
             raise Refused(WRITTEN)
 
     def __call__(self, func, *args, **kwargs) -> Any:

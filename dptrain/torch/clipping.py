@@ -6,6 +6,8 @@ Probe, plan and rehearse once per input signature, then clip each batch (``batch
 from __future__ import annotations
 
 import dataclasses
+import functools
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +21,7 @@ from dptrain.core.methods import Method
 from . import baselines
 from .batch import clip_batch, replace_rows
 from .clipped_sum import ClippedSum
+from .compile import Compiler
 from .errors import Changed, Misfit, Refused, Unforeseen
 from .guards import check_batch, check_model, listed, trainable
 from .planner import Options, Plan, make_plan
@@ -43,6 +46,7 @@ def clipped_grad(
     allow_unused: bool = False,
     memory_budget: int | None = None,
     routes: Mapping[str, str] | None = None,
+    compile: bool = False,
 ) -> ClippedGrad:
     """A function from a physical batch to the sum of its clipped per-example gradients.
 
@@ -58,6 +62,8 @@ def clipped_grad(
             the clip factors are known; where nothing fits, a second backward pass replaces them.
         routes: of ``auto``: ``{pattern of parameter names: route}``, the first that matches, in place of
             what is fastest: "materialise+reuse", "materialise+contract" or "gram+contract".
+        compile: make one graph of the whole step and compile it with Inductor, once per input
+            signature; a model for which that cannot be done runs uncompiled, after a warning.
 
     Raises:
         ValueError: a clip norm below 1e-12 or not finite, an unknown method, or options of ``auto``
@@ -68,7 +74,7 @@ def clipped_grad(
     if not 1e-12 <= clip_norm < float("inf"):  # below, squares of float32 vanish
         raise ValueError(f"clip_norm must be at least 1e-12 and finite, and is {clip_norm}.")
     options = _options(row, memory_budget, routes)
-    return ClippedGrad(model, loss_fn, clip_norm, row, allow_unused, options)
+    return ClippedGrad(model, loss_fn, clip_norm, row, allow_unused, options, compile)
 
 
 def _options(method: Method, memory_budget: int | None, routes: Mapping[str, str] | None) -> Options:
@@ -93,12 +99,19 @@ class ClippedGrad:
         method: Method,
         allow_unused: bool,
         options: Options | None = None,
+        compile: bool = False,
     ):
         self.model, self.loss_fn = model, loss_fn
         self.clip_norm, self.method, self.allow_unused = clip_norm, method, allow_unused
         self.options = options or Options()
         self.plans: dict[Any, Plan] = {}
         self._workspace = Workspace()
+        self.compiler = Compiler(model, loss_fn) if compile else None
+        if compile and method.capture in (methods.Capture.VMAP, methods.Capture.LOOP):
+            self.compiler = None
+            warnings.warn(
+                f"compile=True has no effect on method {method.name!r}, which runs uncompiled.", stacklevel=3
+            )
 
     def __call__(self, batch: Any, mask: Tensor | None = None, into: ClippedSum | None = None) -> ClippedSum:
         """The clipped sum of one physical batch.
@@ -117,13 +130,35 @@ class ClippedGrad:
         parameters = trainable(self.model)
         check_model(self.model, parameters, self.method)
         self._check_into(into, parameters)
-        if mask is not None:
-            if not bool(mask.any()):
-                nothing = self._nothing(parameters, batch_size)
-                return nothing if into is None else into.extended(nothing.norms, nothing.losses)
-            batch = replace_rows(batch, mask)
+        if mask is not None and not bool(mask.any()):
+            nothing = self._nothing(parameters, batch_size)
+            return nothing if into is None else into.extended(nothing.norms, nothing.losses)
+        safe = functools.cache(lambda: batch if mask is None else replace_rows(batch, mask))
         if self.method.capture in (methods.Capture.USES, methods.Capture.PLANNED):
-            return self._clip(parameters, batch, mask, batch_size, into)
+            return self._clip(parameters, batch, safe, mask, batch_size, into)
+        key = signature(self.model, parameters, batch)
+        return self._compiled(
+            key, None, parameters, batch, mask, into, lambda to: self._baseline(parameters, safe(), mask, to)
+        )
+
+    def _compiled(
+        self,
+        key: Any,
+        plan: Plan | None,
+        parameters: dict[str, Tensor],
+        batch: Any,
+        mask: Tensor | None,
+        into: ClippedSum | None,
+        eager: Callable[[ClippedSum | None], ClippedSum],
+    ) -> ClippedSum:
+        """By the graph for this signature, where there is one to be had."""
+        if self.compiler is None:
+            return eager(into)
+        return self.compiler.clip(key, plan, parameters, batch, mask, self.clip_norm, into, eager)
+
+    def _baseline(self, parameters: dict[str, Tensor], batch: Any, mask, into) -> ClippedSum:
+        """By a method that captures nothing."""
+        batch_size, _ = check_batch(batch, mask)
         grads, norms, losses = baselines.run(
             self.method,
             self.model,
@@ -154,21 +189,29 @@ class ClippedGrad:
         self,
         parameters: dict[str, Tensor],
         batch: Any,
+        safe: Callable[[], Any],
         mask: Tensor | None,
         batch_size: int,
         into: ClippedSum | None,
     ) -> ClippedSum:
-        """By the plan for this batch, which is made again where the stand-ins had not shown everything."""
+        """By the plan for this batch, which is made again where the stand-ins had not shown everything.
+
+        ``safe()`` is the batch with masked rows replaced.
+        """
         key = signature(self.model, parameters, batch)
         probed_again = False
         while True:
             plan = self.plan(batch, mask)
+
+            def eager(to: ClippedSum | None, plan: Plan = plan) -> ClippedSum:
+                return clip_batch(self, plan, parameters, safe(), mask, batch_size, to, self._workspace)
+
             try:
-                return clip_batch(self, plan, parameters, batch, mask, batch_size, into, self._workspace)
+                return self._compiled(key, plan, parameters, batch, mask, into, eager)
             except Misfit as misfit:  # the data decide what this use sees, and by chance it did not show
                 self.plans[key] = plan.rerouted(misfit.pattern)
             except Changed as refusal:  # experts or heads to which no stand-in was sent: look again
-                again = None if probed_again else self._probe(parameters, batch, mask, batch_size)
+                again = None if probed_again else self._probe(parameters, safe(), mask, batch_size)
                 if again is None or not again.findings.routed:  # a branch is no matter of routing
                     raise refusal
                 probed_again = True

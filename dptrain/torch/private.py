@@ -36,11 +36,16 @@ class Step:
 class PrivateTraining:
     """What ``make_private`` returns. ``steps()`` trains; nothing else has been changed."""
 
-    def __init__(self, model, optimizer, loader, loss_fn, mechanism, physical_batch_size, method, key):
+    def __init__(
+        self, model, optimizer, loader, loss_fn, mechanism, physical_batch_size, method, key, compile
+    ):
         self.model, self.optimizer, self.mechanism = model, optimizer, mechanism
         self.dataset = loader.dataset
         self._loader, self._key = loader, key
-        self._clipped = clipped_grad(model, loss_fn, clip_norm=mechanism.clip_norm, method=method)
+        options = {"clip_norm": mechanism.clip_norm, "method": method}
+        self._clipped = clipped_grad(model, loss_fn, **options, compile=compile)
+        #: sizes are tried uncompiled: to compile each of them would take minutes
+        self._tried = clipped_grad(model, loss_fn, **options) if compile else self._clipped
         self.physical_batch_size = physical_batch_size
         self._taken = 0
 
@@ -105,7 +110,7 @@ class PrivateTraining:
 
         def run(size: int) -> None:
             batch = tree_map(lambda t: t.repeat_interleave(size, 0) if torch.is_tensor(t) else t, one)
-            self._clipped(_to(batch, device))
+            self._tried(_to(batch, device))
 
         limit = max(1, int(self.mechanism.expected_batch_size))
         return choose(run, limit, device)[0]
@@ -124,6 +129,7 @@ def make_private(
     *,
     physical_batch_size: int | str = "auto",
     method: str = "auto",
+    compile: bool = False,
     key: Key | None = None,
 ) -> PrivateTraining:
     """Train an existing model with an existing optimizer under differential privacy.
@@ -139,6 +145,7 @@ def make_private(
         mechanism: what is promised; its steps are taken and no more.
         physical_batch_size: examples computed at once, or "auto".
         method: clipping method.
+        compile: as for ``clipped_grad``.
         key: the run's secret; fresh from the operating system's entropy by default.
 
     Raises:
@@ -210,4 +217,5 @@ def make_private(
         physical_batch_size,
         method,
         key or Key.from_entropy(),
+        compile,
     )

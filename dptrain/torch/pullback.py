@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import standardised
-from .capture import Capture, Use
+from .capture import Capture, Use, storage_key
 from .layout import Placement
 from .uses import gram
 from .uses.base import widen
@@ -155,7 +155,7 @@ def _by_custom_function(use: Use) -> bool:
 
 def geometry(value: Tensor, leaf: Tensor) -> tuple | None:
     """Which elements of its leaf a view shows: (offset, shape, strides); None if it is a copy."""
-    if value.untyped_storage().data_ptr() != leaf.untyped_storage().data_ptr():
+    if storage_key(value) != storage_key(leaf):
         return None
     return value.storage_offset() - leaf.storage_offset(), tuple(value.shape), value.stride()
 

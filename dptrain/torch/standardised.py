@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .capture import storage_key
 from .layout import Placement
 from .uses.base import widen
 from .uses.convolution import Convolution
@@ -145,7 +146,7 @@ def of(value: Tensor, leaf: Tensor) -> Standardisation | None:
     source = node._saved_input
     if not plain or value.dim() < 3 or value.shape != leaf.shape or value.dtype != leaf.dtype:
         return None
-    if source.shape[:2] != (1, value.shape[0]) or source.data_ptr() != leaf.data_ptr():
+    if source.shape[:2] != (1, value.shape[0]) or not _same_memory(source, leaf):
         return None
     below = _past_reshapes(node.next_functions[0][0])
     if getattr(below, "variable", None) is not leaf:
@@ -153,6 +154,10 @@ def of(value: Tensor, leaf: Tensor) -> Standardisation | None:
     scale = node._saved_result2.detach()
     rho = 1 - node._saved_eps * scale.square()
     return Standardisation(value.detach().flatten(1), scale, rho)
+
+
+def _same_memory(source: Tensor, leaf: Tensor) -> bool:
+    return storage_key(source) == storage_key(leaf) and source.storage_offset() == leaf.storage_offset()
 
 
 def _past_reshapes(node):

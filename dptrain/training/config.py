@@ -122,7 +122,7 @@ class TrainConfig:
     precision: PrecisionName = "fp32"
     """Compute type; norms, sums and noise are float32 in any case."""
     compile: bool = False
-    """Compile the forward and backward pass with torch.compile."""
+    """One compiled graph for the whole private step; a model for which there is none runs uncompiled."""
 
     # Output
     out: Path | None = None

@@ -17,6 +17,9 @@ class Listener(Protocol):
     def prepared(self, run: Run, folder: RunFolder) -> None:
         """Before the first step."""
 
+    def compiles(self) -> None:
+        """Before the step is compiled, which can take a minute."""
+
     def chose_physical_batch_size(self, size: int, trials: list[Trial]) -> None:
         """`trials` is empty if the size was given."""
 
@@ -30,6 +33,8 @@ class Silent:
     """A listener that says nothing."""
 
     def prepared(self, run: Run, folder: RunFolder) -> None: ...
+
+    def compiles(self) -> None: ...
 
     def chose_physical_batch_size(self, size: int, trials: list[Trial]) -> None: ...
 

@@ -83,8 +83,6 @@ def prepare(config: TrainConfig) -> Run:
     method = methods.resolve(config.method)
     device = resolve_device(config.device)
     check_precision(config.precision, device)
-    if config.compile:
-        raise ConfigError("--compile is not offered by this version's engine yet; leave it out.")
     key = Key.from_entropy() if config.seed is None else Key.from_seed(config.seed)
 
     wanted = preferences(config.model)

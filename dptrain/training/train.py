@@ -75,8 +75,7 @@ class _Session:
     def run_to_end(self) -> Outcome:
         run, config = self.run, self.run.config
         run.learner.train()
-        clipped = dpt.clipped_grad(run.learner, make_loss(run), clip_norm=config.clip_norm, method=run.method)
-        size = self._physical_batch_size(clipped)
+        clipped, size = self._clipped_grad()
         self.folder.create(config)
         self.tensorboard = open_tensorboard(self.folder.path) if config.tensorboard else None
         due = _evaluation_steps(run.mechanism.steps, config.evaluations)
@@ -105,25 +104,29 @@ class _Session:
             raise
         return self._finish(interrupted, size)
 
-    def _physical_batch_size(self, clipped) -> int:
-        """The size as given or found.
+    def _clipped_grad(self) -> tuple[dpt.ClippedGrad, int]:
+        """What clips, and the physical batch size as given or found.
 
         Either way the engine has seen a batch of stand-ins by then: what it refuses, it refuses
-        before the run begins.
+        before the run begins, and what is compiled, it compiles.
         """
-        run = self.run
+        run, config = self.run, self.run.config
+        options = {"clip_norm": config.clip_norm, "method": run.method}
+        clipped = dpt.clipped_grad(run.learner, make_loss(run), **options)
 
         def on_stand_ins(size: int) -> None:
             clipped(run.train.stand_in(size), torch.ones(size, dtype=torch.bool, device=run.device))
 
-        given = run.config.physical_batch_size
-        if given != "auto":
-            on_stand_ins(given)
-            self.listener.chose_physical_batch_size(given, [])
-            return given
-        size, trials = choose(on_stand_ins, int(run.mechanism.expected_batch_size), run.device)
+        size, trials = config.physical_batch_size, []
+        if size == "auto":  # measured uncompiled: to compile each size would take minutes
+            size, trials = choose(on_stand_ins, int(run.mechanism.expected_batch_size), run.device)
+        if config.compile:
+            self.listener.compiles()
+            clipped = dpt.clipped_grad(run.learner, make_loss(run), **options, compile=True)
+        if config.compile or not trials:
+            on_stand_ins(size)
         self.listener.chose_physical_batch_size(size, trials)
-        return size
+        return clipped, size
 
     def _before_release(self, index: int, spec: StepSpec) -> None:
         # Counted first: should the process die within the step, its privacy is spent all the same.

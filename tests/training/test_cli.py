@@ -52,6 +52,13 @@ def test_train_then_evaluate(tmp_path, capsys):
     assert (out / "evaluation.json").is_file()
 
 
+def test_a_compiled_run_compiles_once(tmp_path, monkeypatch):
+    graphs = []
+    monkeypatch.setattr("dptrain.torch.compile.by_inductor", lambda graph, _: graphs.append(graph) or graph)
+    assert main(["train", *QUICK, "--compile", "--out", str(tmp_path / "run")]) == 0
+    assert len(graphs) == 1
+
+
 def test_unprotected_values_are_labelled(tmp_path, capsys):
     assert main(["train", *QUICK, "--out", str(tmp_path / "run"), "--show-unprotected"]) == 0
     shown = capsys.readouterr().out
@@ -73,7 +80,6 @@ def test_the_absence_of_privacy_is_said(tmp_path, capsys):
         (["train", "--logical-batch-size", "5000"], "at most that"),
         (["train", "--recipe", "no-such-recipe"], "no recipe"),
         (["train", "--config", "no-such-file"], "no configuration file"),
-        (["train", "--compile"], "not offered"),
         (["evaluate", "no-such-run"], "not a finished run"),
         (["privacy", "--delta", "-1", "--steps", "3", "--epsilon", "1"], "sample rate"),
         (["no-such-command"], "no command"),
