@@ -135,7 +135,9 @@ def _planned(
 
 
 def _wanted(group: Group, offers: list[fastest.Offer], options: Options) -> list[fastest.Offer]:
-    """Only the route that was asked for, if one was."""
+    """Only the route that was asked for, if one was and there is a choice."""
+    if len(offers) == 1:
+        return offers
     for pattern, name in options.routes:
         if any(fnmatch.fnmatchcase(leaf, pattern) for leaf in group.leaves):
             found = [offer for offer in offers if str(offer.route) == name]

@@ -1,0 +1,183 @@
+"""Routes of ``auto``, sums in place, reused memory, and norms without gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dptrain.torch as dpt
+from dptrain.torch import standardised
+from dptrain.torch.fastest import Offer, choose
+from dptrain.torch.layout import Layout
+from dptrain.torch.routes import Route
+from dptrain.torch.uses import gram
+from dptrain.torch.uses.convolution import Convolution
+
+from . import oracle
+
+
+class StandardisedConv(nn.Conv2d):
+    def forward(self, x):
+        w = F.batch_norm(self.weight.reshape(1, self.out_channels, -1), None, None, training=True, eps=1e-6)
+        return self._conv_forward(x, w.reshape_as(self.weight), self.bias)
+
+
+def network(standard=True):
+    torch.manual_seed(0)
+    conv = StandardisedConv if standard else nn.Conv2d
+    return nn.Sequential(
+        conv(3, 8, 3, padding=1),
+        nn.ReLU(),
+        conv(8, 8, 3, stride=2, padding=1, bias=False),
+        nn.GroupNorm(2, 8),
+        nn.ReLU(),
+        conv(8, 6, 1, bias=False),
+        nn.Flatten(),
+        nn.Linear(6 * 16, 5),
+    ).double()
+
+
+def loss_fn(model, batch):
+    return F.cross_entropy(model(batch["x"]), batch["y"], reduction="none")
+
+
+def batch(size=4):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(size, 3, 8, 8, generator=generator, dtype=torch.float64)
+    return {"x": x, "y": torch.randint(5, (size,), generator=generator)}
+
+
+ROUTES = ["materialise+reuse", "materialise+contract", "gram+contract"]
+
+
+@pytest.mark.parametrize("standard", [False, True])
+@pytest.mark.parametrize("route", ROUTES)
+def test_every_route_is_exact(route, standard):
+    model, data = network(standard), batch()
+    clipped = dpt.clipped_grad(model, loss_fn, clip_norm=0.3, routes={"*.weight": route})
+    expected, norms = oracle.clipped_sum(model, loss_fn, data, 0.3)
+    out = clipped(data)
+    assert oracle.relative_error(out.grads, expected) < 1e-9
+    assert torch.allclose(out.norms, norms, rtol=1e-9)
+
+
+def test_standardised_weights_are_recognised_and_need_no_pull_back():
+    clipped = dpt.clipped_grad(network(), loss_fn, clip_norm=1.0)
+    kinds = {row["parameter"]: row["pull-back"] for row in clipped.plan(batch()).rows()}
+    assert kinds["0.weight"] == kinds["2.weight"] == kinds["5.weight"] == "standardised"
+
+
+def test_a_sum_is_added_to_in_place():
+    model = network()
+    clipped = dpt.clipped_grad(model, loss_fn, clip_norm=0.3)
+    first, second = clipped(batch(4)), clipped(batch(5))
+    want = {name: first.grads[name] + second.grads[name] for name in first.grads}
+    buffers = {name: g.data_ptr() for name, g in first.grads.items()}
+    mask = torch.tensor([True] * 5)
+    both = clipped(batch(5), mask, into=first)
+    assert {name: g.data_ptr() for name, g in both.grads.items()} == buffers
+    assert all(torch.allclose(both.grads[name], want[name], rtol=1e-12) for name in want)
+    assert len(both.norms) == 9
+    nothing = clipped(batch(5), ~mask, into=both)
+    assert all(torch.equal(nothing.grads[name], both.grads[name]) for name in want)
+
+
+def test_earlier_sums_survive_later_steps():
+    """Memory for per-example gradients is used again: no sum may be a view of it."""
+    clipped = dpt.clipped_grad(network(), loss_fn, clip_norm=0.3, method="per-example")
+    first = clipped(batch())
+    kept = {name: g.clone() for name, g in first.grads.items()}
+    other = batch()
+    other["x"] = other["x"] + 1
+    clipped(other)
+    assert all(torch.equal(first.grads[name], kept[name]) for name in kept)
+
+
+def test_a_sum_that_was_only_partly_written_is_of_no_use(monkeypatch):
+    clipped = dpt.clipped_grad(network(), loss_fn, clip_norm=0.3)
+    total = clipped(batch())
+
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("dptrain.torch.bookkeeping.pull_back_sums", fail)
+    with pytest.raises(MemoryError):
+        clipped(batch(), into=total)
+    with pytest.raises(ValueError, match="emptied"):
+        clipped(batch(), into=total)
+
+
+def test_sums_of_another_norm_are_refused():
+    total = dpt.clipped_grad(network(), loss_fn, clip_norm=0.5)(batch())
+    with pytest.raises(ValueError, match="another clip norm"):
+        dpt.clipped_grad(network(), loss_fn, clip_norm=0.3)(batch(), into=total)
+
+
+def test_a_memory_budget_is_kept_or_a_second_pass_taken():
+    menu = [
+        [Offer(Route("materialise", "reuse"), 1.0, 100), Offer(Route("gram", "contract"), 2.0, 10)],
+        [Offer(Route("materialise", "reuse"), 1.0, 50), Offer(Route("gram", "contract"), 5.0, 10)],
+    ]
+    assert [r.norm for r in choose(menu, None)] == ["materialise", "materialise"]
+    assert [r.norm for r in choose(menu, 70)] == ["gram", "materialise"]
+    assert [r.norm for r in choose(menu, 20)] == ["gram", "gram"]
+    assert choose(menu, 19) is None
+    model, data = network(), batch()
+    clipped = dpt.clipped_grad(model, loss_fn, clip_norm=0.3, memory_budget=0)
+    assert clipped.plan(data).second_backward
+    expected, _ = oracle.clipped_sum(model, loss_fn, data, 0.3)
+    assert oracle.relative_error(clipped(data).grads, expected) < 1e-9
+
+
+@pytest.mark.parametrize("options", [{"memory_budget": -1}, {"routes": {"*": "fast"}}])
+def test_bad_options_are_refused(options):
+    with pytest.raises(ValueError):
+        dpt.clipped_grad(network(), loss_fn, clip_norm=1.0, **options)
+    with pytest.raises(ValueError, match="auto"):
+        dpt.clipped_grad(network(), loss_fn, clip_norm=1.0, method="ghost", memory_budget=5)
+
+
+@pytest.mark.parametrize("positions", [1, 5, 96, 197])
+def test_gram_norms_by_blocks(positions):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2, 2, positions, 300, generator=generator) + 1
+    cols = torch.randn(2, 2, positions, 520, generator=generator) + 1
+    squared, bound = gram.squared_norms(rows, cols)
+    true = (rows.double().mT @ cols.double()).square().sum((1, 2, 3))
+    assert ((squared.double() - true).abs() <= bound.double()).all()
+    assert (bound < 0.01 * squared).all()
+    exact, _ = gram.squared_norms(rows.double(), cols.double())
+    assert torch.allclose(exact, true, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_gram_matrix_of_patches_is_that_of_pixels(dilation, groups):
+    rule = Convolution((3, 2), (1, 1), (2, 1), (dilation, 1), False, groups)
+    image = torch.randn(2, 4, 6, 5, dtype=torch.float64)
+    out = F.conv2d(image, torch.randn(4, 4 // groups, 3, 2).double(), None, 1, (2, 1), (dilation, 1), groups)
+    patches = rule._patches(image, out.shape[2:])
+    assert torch.allclose(rule.patch_gram(image, out.shape[2:]), patches @ patches.mT)
+
+
+def test_standardised_norms_carry_their_error():
+    torch.manual_seed(0)
+    leaf = torch.randn(7, 4, 3, 3, requires_grad=True)
+    value = F.batch_norm(leaf.reshape(1, 7, -1), None, None, training=True, eps=1e-6).reshape_as(leaf)
+    standard = standardised.of(value, leaf)
+    image, g = torch.rand(3, 4, 6, 6) + 2, torch.randn(3, 7, 6, 6)
+    rule = Convolution((3, 3), (1, 1), (1, 1), (1, 1))
+    gradients = rule.example_gradients(value.shape, image, g, Layout(), 3)
+    wide = leaf.detach().double().requires_grad_()
+    exact = F.batch_norm(wide.reshape(1, 7, -1), None, None, training=True, eps=1e-6).reshape_as(wide)
+    per_example = rule.example_gradients(value.shape, image.double(), g.double(), Layout(), 3)
+    true = torch.stack(
+        [torch.autograd.grad(exact, wide, each, retain_graph=True)[0].square().sum() for each in per_example]
+    )
+    for squared, bound in (
+        standard.norms(gradients),
+        standard.gram_norms(rule, image, g, None, Layout(), 3),
+    ):
+        assert ((squared.double() - true).abs() <= bound.double()).all()
+    plain = standard.pulled_back(gradients).double().square().sum((1, 2))
+    assert torch.allclose(plain, true, rtol=1e-4)
