@@ -13,6 +13,7 @@ import pytest
 # Read when the libraries are first imported: no test reaches the network or leaves files behind.
 os.environ["HF_HUB_OFFLINE"] = "1"
 _CACHE = tempfile.TemporaryDirectory()
+os.environ["DPTRAIN_CACHE"] = _CACHE.name
 os.environ["HF_DATASETS_CACHE"] = _CACHE.name
 
 THINGS = ("film", "meal", "room", "book", "trip", "song")

@@ -151,11 +151,10 @@ def private(task: Task, spec: str, memory_budget: int | None = None) -> Contesta
     everyone = torch.ones(task.batch_size, dtype=torch.bool, device=task.device)
 
     def step() -> None:
-        part = clipped(batch, everyone)
-        state["sum"] = part if state["sum"] is None else state["sum"].add_(part)
+        state["sum"] = clipped(batch, everyone, into=state["sum"])
 
     def end() -> None:
-        gradient = dpt.privatize(state["sum"], mechanism, key.child(state["step"]))
+        gradient = dpt.privatize(state["sum"], mechanism, key.child(state["step"]), donate=True)
         dpt.apply(optimizer, model, gradient)
         state["sum"], state["step"] = None, state["step"] + 1
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from dptrain.core.entropy import Key
-from dptrain.torch.noise import add_noise_
+from dptrain.torch.noise import noisy_mean
 
 from .race import seconds
 
@@ -65,5 +65,5 @@ def measure_rates(device: str = "cpu", side: int = 2048, large: int = LARGE) -> 
         write_fresh_bytes_per_s=large / best(lambda: torch.empty_like(source).fill_(1.0)),
         copy_bytes_per_s=2 * large / best(lambda: target.copy_(source)),
         read_cached_bytes_per_s=64 * SMALL / best(again),
-        noise_per_s=4 * 2**20 / best(lambda: add_noise_(sums, 1.0, key)),
+        noise_per_s=4 * 2**20 / best(lambda: noisy_mean(sums, 1.0, 1.0, key, out=sums)),
     )

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dptrain import __version__
+
 from .layout import Layout
 from .standardised import Standardisation
 from .uses.base import squared_norm, weighted_sum
@@ -153,7 +155,9 @@ def stopwatch(device: torch.device, dtype: torch.dtype) -> Stopwatch:
         else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dptrain"
     )
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    machine = f"{name} {torch.__version__} {torch.get_num_threads() if device.type == 'cpu' else ''}"
+    machine = (
+        f"{__version__} {name} {torch.__version__} {torch.get_num_threads() if device.type == 'cpu' else ''}"
+    )
     return Stopwatch(device, dtype, root / f"routes-{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json")
 
 

@@ -70,10 +70,9 @@ def logical_steps(
         spec = run.mechanism.step(index)
         total, parts = None, []
         for batch, mask, is_last in pieces:
-            part = clipped(batch, mask)
+            total = clipped(batch, mask, into=total)
             if run.config.show_unprotected:
-                parts.append((part.losses, part.norms, mask))
-            total = part if total is None else total.add_(part)
+                parts.append((total.losses[-len(mask) :], total.norms[-len(mask) :], mask))
             if is_last:
                 break
         before_release(index, spec)
