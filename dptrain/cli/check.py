@@ -20,7 +20,7 @@ from dptrain.cli.errors import BAD_INPUT_ERRORS
 from dptrain.models import select_trainable
 from dptrain.models.subjects import Choices, subject
 from dptrain.torch import CheckReport, check
-from dptrain.torch.memory import total_memory
+from dptrain.torch.device_memory import total_memory
 from dptrain.training.device import resolve_device
 
 __all__ = ["BAD_INPUT_ERRORS", "run"]

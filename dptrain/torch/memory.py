@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .batch import clip_batch
 from .clipping import ClippedGrad
+from .device_memory import total_memory
 from .errors import Refused
 from .guards import trainable
 from .live_bytes import LiveBytes
@@ -118,16 +117,6 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(before[name])
-
-
-def total_memory(device: torch.device) -> int:
-    """Bytes of the device: of a CPU, of the machine or of the control group that we run in."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else "max"
-    return min(total, int(text)) if text.isdigit() else total
 
 
 def _sizes(batch_size: int) -> tuple[int, int]:

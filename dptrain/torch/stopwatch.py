@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dptrain import __version__
 
+from .device_memory import total_memory
 from .layout import Layout
 from .standardised import Standardisation
 from .uses.base import squared_norm, weighted_sum
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 WORTH_MEASURING = 2e8
 #: kept gradients come back from memory, not from a cache: as many buffers are filled as exceed it
 CACHE_BYTES = 64 * 2**20
+#: one use's gradients may take this much of the device's memory
+SHARE_OF_MEMORY = 0.125
 REPEATS = 3
 
 Route = tuple[str, str]
@@ -55,6 +58,9 @@ class Stopwatch:
             or fact.size.positions * fact.value.numel() * 2 * batch_size < WORTH_MEASURING
         ):
             return None
+        gradients = batch_size * fact.value.numel() * self.dtype.itemsize
+        if route[0] == "materialise" and gradients > SHARE_OF_MEMORY * total_memory(self.device):
+            return float("inf")  # to try it could end the process
         name = self._name(fact, route, batch_size, standardised)
         if name not in self._known:
             try:

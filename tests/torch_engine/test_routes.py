@@ -181,3 +181,16 @@ def test_standardised_norms_carry_their_error():
         assert ((squared.double() - true).abs() <= bound.double()).all()
     plain = standard.pulled_back(gradients).double().square().sum((1, 2))
     assert torch.allclose(plain, true, rtol=1e-4)
+
+
+def test_what_could_exhaust_the_memory_is_not_tried(monkeypatch):
+    from dptrain.torch import stopwatch
+
+    watch = stopwatch.Stopwatch(torch.device("cpu"), torch.float32)
+    model = nn.Linear(600, 600, bias=False)
+    data = {"x": torch.randn(300, 600), "y": torch.randint(5, (300,))}
+    fact = dpt.clipped_grad(model, loss_fn, clip_norm=1.0).plan(data).findings.uses[0]
+    assert 0 < watch.seconds(fact, ("materialise", "reuse"), 1000, False) < float("inf")
+    monkeypatch.setattr(stopwatch, "total_memory", lambda _: 2**30)
+    assert watch.seconds(fact, ("materialise", "reuse"), 1000, False) == float("inf")
+    assert 0 < watch.seconds(fact, ("gram", "contract"), 1000, False) < float("inf")
