@@ -35,7 +35,7 @@ from .uses.lookup import Lookup
 SELECTIONS = {
     "T", "Transpose", "Permute", "Movedim", "View", "UnsafeView", "ReshapeAlias", "Clone", "Alias",
     "Unsqueeze", "Squeeze", "Slice", "Select", "Split", "SplitWithSizes", "Unbind", "Expand",
-    "ToCopy", "Contiguous", "ViewAsReal", "ViewAsComplex",
+    "Contiguous", "ViewAsReal", "ViewAsComplex",
 }  # fmt: skip
 
 
@@ -101,7 +101,7 @@ def group_uses(uses: list[Use], names: dict[int, str], parameters: dict[str, Ten
         if kind is Kind.ALONE:
             groups += [Group(kind, leaves[i], (i,)) for i in indices]
         else:
-            one_by_one = in_low_precision(mine) or any(map(_by_custom_function, mine))
+            one_by_one = in_low_precision(mine) or any(map(_rounds, mine))
             groups.append(Group(kind, shared, tuple(indices), one_by_one, flipped))
     return groups
 
@@ -109,7 +109,7 @@ def group_uses(uses: list[Use], names: dict[int, str], parameters: dict[str, Ten
 def _kind(
     uses: list[Use], leaves: tuple[str, ...], parameters: dict[str, Tensor]
 ) -> tuple[Kind, tuple[bool, ...]]:
-    if len(leaves) > 1 or in_low_precision(uses):
+    if len(leaves) > 1 or in_low_precision(uses) or any(map(_rounds, uses)):
         return Kind.GENERAL, ()
     if len(uses) == 1 and isinstance(uses[0].rule, Convolution):  # noqa: SIM102
         if standardised.of(uses[0].value, parameters[leaves[0]]) is not None:
@@ -139,15 +139,16 @@ def in_low_precision(uses: list[Use]) -> bool:
     return any(use.value.grad_fn is not None and use.value.dtype not in wide for use in uses)
 
 
-def _by_custom_function(use: Use) -> bool:
-    """Whether a value was made by a ``torch.autograd.Function`` of the model's, which may clamp or round."""
+def _rounds(use: Use) -> bool:
+    """Whether pulling back may round or clamp: a value was cast on its way, perhaps to a narrower type and
+    back, or made by a ``torch.autograd.Function`` of the model's."""
     stack, seen = [use.value.grad_fn], set()
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
+        if isinstance(node, torch.autograd.function.BackwardCFunction) or node.name().startswith("ToCopy"):
             return True
         stack += [parent for parent, _ in node.next_functions]
     return False

@@ -194,3 +194,18 @@ def test_what_could_exhaust_the_memory_is_not_tried(monkeypatch):
     monkeypatch.setattr(stopwatch, "total_memory", lambda _: 2**30)
     assert watch.seconds(fact, ("materialise", "reuse"), 1000, False) == float("inf")
     assert 0 < watch.seconds(fact, ("gram", "contract"), 1000, False) < float("inf")
+
+
+def test_a_sum_is_never_pulled_back_through_a_narrower_type():
+    """A weight that was rounded to bfloat16 on its way would round the clipped sum as well, beyond C."""
+
+    class Rounded(nn.Linear):
+        def forward(self, x):
+            return F.linear(x, self.weight.bfloat16().float().mul(1.0), self.bias)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), Rounded(192, 5))
+    data = {"x": torch.randn(40, 3, 8, 8), "y": torch.randint(5, (40,))}
+    out = dpt.clipped_grad(model, loss_fn, clip_norm=1e-2)(data)
+    expected, _ = oracle.clipped_sum(model, loss_fn, data, 1e-2)
+    assert oracle.relative_error(out.grads, expected) < 1e-5
