@@ -12,6 +12,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from dptrain.torch import Refused
+from dptrain.torch.device_memory import ran_out_of_memory
 
 from . import compilations, exactness, race
 from . import contestants as ways
@@ -148,12 +149,6 @@ def failure(error: Exception) -> dict[str, Any]:
     if ran_out_of_memory(error):
         return {"status": "out-of-memory", "sentence": sentence}
     return {"status": "error", "sentence": sentence, "traceback": without_places(traceback.format_exc())}
-
-
-def ran_out_of_memory(error: Exception) -> bool:
-    """A GPU has an exception for it; on a CPU the allocator's own sentence tells."""
-    said = isinstance(error, RuntimeError) and ("can't allocate memory" in str(error))
-    return said or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def figures(contestant: Contestant, base: Contestant, accumulate: int) -> dict[str, Any]:

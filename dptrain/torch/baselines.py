@@ -10,8 +10,9 @@ from torch.utils._pytree import tree_map
 
 from dptrain.core.methods import Capture, Method
 
-from .bookkeeping import clip_factors, full_precision
+from .bookkeeping import clip_factors
 from .errors import Refused
+from .full_precision import full_precision
 from .guards import check_losses
 from .uses.base import weighted_sum, widen
 
@@ -78,7 +79,7 @@ def vectorised(model, loss_fn, parameters, batch, mask, batch_size, clip_norm) -
         raise Refused(
             f"per-example-vmap cannot transform this model ({error}): use method='auto'."
         ) from error
-    with full_precision(losses):
+    with full_precision(losses.device):
         return _clipped(parameters, grads, losses, mask, batch_size, clip_norm)
 
 

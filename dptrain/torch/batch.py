@@ -93,12 +93,12 @@ def _clipped_sum(
     factors = torch.where(included, clip_factors(squared, task.clip_norm), 0.0)
     books.factors, books.included = factors, None if everything_finite else included
     keep = torch.ones_like(included) if mask is None else mask
-    norms, losses_ = torch.where(keep, squared.sqrt(), 0.0), torch.where(keep, losses.detach(), 0.0)
+    norms, values = torch.where(keep, squared.sqrt(), 0.0), torch.where(keep, losses.detach(), 0.0)
     with _adding_to(into, books):
         grads = _sums(plan, books, capture, total, parameters)
     if into is not None:
-        return into.extended(norms, losses_)
-    return ClippedSum(grads, norms, losses_, task.clip_norm)
+        return into.extended(norms, values)
+    return ClippedSum(grads, norms, values, task.clip_norm)
 
 
 @contextlib.contextmanager

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Hashable, Iterator
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +12,8 @@ from torch import Tensor
 from . import standardised
 from .capture import Capture, Use
 from .errors import Changed, Misfit, Unforeseen
-from .planner import Plan, Route
+from .full_precision import full_precision
+from .planner import Plan
 from .pullback import (
     Group,
     Kind,
@@ -23,33 +23,23 @@ from .pullback import (
     tied_gradients,
     tied_squared_norms,
 )
+from .routes import DIRECT, Route
 from .trace import CHANGING
 from .uses.base import add_to, squared_norm, weighted_sum, widen
 from .workspace import Workspace
 
 #: the name in the workspace of gradients that are not kept
 SCRATCH = "scratch"
+#: elements of a gradient that waits until it can be normed and summed together with others
+SMALL = 2**16
 
 
-@contextlib.contextmanager
-def full_precision(tensor: Tensor) -> Iterator[None]:
-    """Norms and clipped sums are formed without autocast and TF32 (rule 7)."""
-    with torch.autocast(tensor.device.type, enabled=False):
-        if not tensor.is_cuda:
-            yield
-            return
-        before, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn
-        torch.set_float32_matmul_precision("highest")
-        try:
-            with cudnn.flags(
-                enabled=cudnn.enabled,
-                benchmark=cudnn.benchmark,
-                deterministic=cudnn.deterministic,
-                allow_tf32=False,
-            ):
-                yield
-        finally:
-            torch.set_float32_matmul_precision(before)
+class Bounded(NamedTuple):
+    """Squared norms ``[B]``, a bound on their error, and the way to take them without cancellation."""
+
+    squared: Tensor
+    bound: Tensor
+    plainly: Callable[[], Tensor]
 
 
 def in_full_precision(method):
@@ -57,7 +47,7 @@ def in_full_precision(method):
 
     @functools.wraps(method)
     def wrapped(self, capture: Capture, *args):
-        with torch.no_grad(), full_precision(capture.anchor):
+        with torch.no_grad(), full_precision(capture.anchor.device):
             return method(self, capture, *args)
 
     return wrapped
@@ -74,6 +64,13 @@ def clip_factors(squared: Tensor, clip_norm: float) -> Tensor:
     return torch.where(norms.isfinite(), factors, torch.zeros_like(factors))
 
 
+def _stacked(rows: list[Tensor]) -> Tensor:
+    """``[n, B]`` in the widest of their types."""
+    if any(row.dtype != rows[0].dtype for row in rows):
+        rows = [row.double() for row in rows]
+    return torch.stack(rows)
+
+
 class Bookkeeping:
     """What becomes of each use in the backward pass of one physical batch."""
 
@@ -87,7 +84,12 @@ class Bookkeeping:
             for number, (group, route) in enumerate(zip(plan.findings.groups, plan.routes))
             for index in group.uses
         }
-        self.squared: Tensor | None = None
+        #: parts of the squared norms ``[B]``
+        self.parts: list[Tensor] = []
+        self.bounded: list[Bounded] = []
+        #: gradients ``[B, *value]`` so small that a call for each would cost more than the arithmetic
+        self.small: list[tuple[Tensor, Tensor]] = []
+        self.small_gradients: Tensor
         self.operands: dict[int, tuple[Tensor | None, Tensor]] = {}
         self.gradients: dict[int, Tensor] = {}
         self.waiting: dict[int, dict[int, Any]] = {}
@@ -104,7 +106,7 @@ class Bookkeeping:
 
     def norms(self, use: Use, a: Tensor | None, g: Tensor) -> None:
         """The sink of the first backward pass."""
-        with full_precision(g):
+        with full_precision(g.device):
             self._record(use, a, g)
 
     def _record(self, use: Use, a: Tensor | None, g: Tensor) -> None:
@@ -143,10 +145,13 @@ class Bookkeeping:
         if route.norm == "gram":
             squared, bound = use.rule.squared_norms(a, g, fact.layout, self.batch_size)
             dense = functools.partial(self._example_gradients, use, fact, a, g, SCRATCH)
-            self._add(self._trusted(squared, bound, lambda: squared_norm(dense())))
+            self._trust(Bounded(squared, bound, lambda: squared_norm(dense())), route)
             return
         gradient = self._example_gradients(use, fact, a, g, use.index if route.keeps_gradients else SCRATCH)
-        self._add(squared_norm(gradient))
+        if route == DIRECT and use.value.numel() <= SMALL:
+            self.small.append((use.value, gradient))
+            return
+        self.parts.append(squared_norm(gradient))
         if route.keeps_gradients:
             self.gradients[use.index] = gradient
 
@@ -154,28 +159,37 @@ class Bookkeeping:
         standard = standardised.of(use.value, self.parameters[fact.leaves[0]])
         if standard is None:
             raise Changed(CHANGING)
+        dense = functools.partial(self._example_gradients, use, fact, a, g, SCRATCH)
         if route.norm == "gram":
             squared, bound = standard.gram_norms(use.rule, a, g, use.result, fact.layout, self.batch_size)
-            dense = functools.partial(self._example_gradients, use, fact, a, g, SCRATCH)
-        else:
-            name = use.index if route.keeps_gradients else SCRATCH
-            gradient = self._example_gradients(use, fact, a, g, name)
+        elif route.keeps_gradients:
+            gradient = self.gradients[use.index] = self._example_gradients(use, fact, a, g, use.index)
             squared, bound = standard.norms(gradient)
             dense = lambda: gradient  # noqa: E731
-            if route.keeps_gradients:
-                self.gradients[use.index] = gradient
-        self._add(self._trusted(squared, bound, lambda: squared_norm(standard.pulled_back(dense()))))
+        else:
+            squared, bound = standard.norms(dense())
+        self._trust(Bounded(squared, bound, lambda: squared_norm(standard.pulled_back(dense()))), route)
 
-    def _trusted(self, squared: Tensor, bound: Tensor, plainly: Callable[[], Tensor]) -> Tensor:
-        """Squared norms with their error bound added; the plain way where that exceeds 1 % (rule 7)."""
-        doubtful = (bound > 0.01 * squared) & squared.isfinite()
-        padded = squared + bound
-        if not bool(doubtful.any()):
-            return padded
-        return torch.where(doubtful, plainly().to(padded.dtype), padded)
+    def _trust(self, norms: Bounded, route: Route) -> None:
+        """Take squared norms with a bound on their error, whose use may need to be looked at again."""
+        self.bounded.append(norms)
+        if not (route.keeps_operands or route.keeps_gradients):
+            self._settle()
 
-    def _add(self, squared: Tensor) -> None:
-        self.squared = squared if self.squared is None else self.squared + squared
+    def _settle(self) -> None:
+        """Add the bounds to the norms; the plain way where they exceed 1 % (rule 7)."""
+        if not self.bounded:
+            return
+        squared = _stacked([norms.squared for norms in self.bounded])
+        bounds = _stacked([norms.bound for norms in self.bounded])
+        doubtful = (bounds > 0.01 * squared) & squared.isfinite()
+        padded = squared + bounds
+        if bool(doubtful.any()):
+            for i in doubtful.any(1).nonzero().flatten().tolist():
+                plain = self.bounded[i].plainly().to(padded.dtype)
+                padded[i] = torch.where(doubtful[i], plain, padded[i])
+        self.parts.append(padded.sum(0))
+        self.bounded.clear()
 
     @in_full_precision
     def finish(self, capture: Capture) -> Tensor:
@@ -184,25 +198,29 @@ class Bookkeeping:
             group, route = self.plan.findings.groups[number], self.plan.routes[number]
             if group.kind is Kind.TIED and route.norm == "gram":
                 factors, leaf = list(members.values()), self.parameters[group.leaves[0]]
-                squared, bound = tied_squared_norms(factors)
                 dense = functools.partial(tied_gradients, factors, leaf.shape)
-                self._add(self._trusted(squared, bound, lambda dense=dense: squared_norm(dense())))
+                plainly = lambda dense=dense: squared_norm(dense())  # noqa: E731
+                self.bounded.append(Bounded(*tied_squared_norms(factors), plainly))
                 continue
             values = [capture.uses[i].value for i in members]
             leaves = [self.parameters[name] for name in group.leaves]
             pulled = pull_back_examples(capture, values, list(members.values()), leaves)
             for name, gradient in zip(group.leaves, pulled):
                 if gradient is not None:
-                    self._add(squared_norm(gradient))
+                    self.parts.append(squared_norm(gradient))
                     if group.one_by_one:
                         self.leaf_gradients.append((name, gradient))
             if route.keeps_gradients and not group.one_by_one:
                 self.gradients.update(members)  # pulling back is linear: their sum is, once
         self.waiting.clear()
-        if self.squared is None:
+        self._settle()
+        if self.small:
+            self.small_gradients = torch.cat([g.reshape(self.batch_size, -1) for _, g in self.small], 1)
+            self.parts.append(squared_norm(self.small_gradients))
+        if not self.parts:
             some = next(iter(self.parameters.values()))
-            self.squared = torch.zeros(self.batch_size, dtype=widen(some).dtype, device=some.device)
-        return self.squared
+            return torch.zeros(self.batch_size, dtype=widen(some).dtype, device=some.device)
+        return _stacked(self.parts).sum(0)
 
     # ---------------------------------------------------------------- the clipped sum
 
@@ -223,7 +241,7 @@ class Bookkeeping:
         if included is not None:
             a, g = use.rule.zero_rows(a, g, included, layout)
         value, into = use.value, self._running(use.value)
-        with full_precision(g):
+        with full_precision(g.device):
             total = use.rule.contract(value.shape, a, widen(g), self.factors, layout, self.batch_size, into)
         if into is None:
             self._add_sum(value, total)
@@ -238,8 +256,24 @@ class Bookkeeping:
                 self._add_sum(value, total)
         for index, (a, g) in self.operands.items():
             self._contract(capture.uses[index], a, g)
+        if self.small:
+            self._contract_small()
         self.gradients.clear()
         self.operands.clear()
+
+    def _contract_small(self) -> None:
+        totals = self._weigh(self.small_gradients).split([value.numel() for value, _ in self.small])
+        running: list[tuple[Tensor, Tensor]] = []
+        for (value, gradient), total in zip(self.small, totals):
+            total = total.view(value.shape).to(gradient.dtype)
+            into = self._running(value)
+            if into is None:
+                self._add_sum(value, total)
+            else:
+                running.append((into, total))
+        if running:
+            torch._foreach_add_(*map(list, zip(*running)))
+        self.small.clear()
 
     def _weigh(self, gradient: Tensor, into: Tensor | None = None) -> Tensor:
         """Weighted sum of per-example gradients; a product with zero would keep NaN (rule 4)."""

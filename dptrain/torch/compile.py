@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .bookkeeping import full_precision
 from .clipped_sum import ClippedSum
+from .full_precision import full_precision
 from .guards import listed
 from .planner import Plan
 from .stand_ins import isolated_randomness
@@ -195,7 +195,7 @@ class Graph:
             raise Untraceable("its parameters are exchanged for others between the steps")
         # until it is rehearsed, the eager engine will draw the same random numbers
         alone = contextlib.nullcontext() if self.rehearsed else isolated_randomness(tensors)
-        with alone, torch.no_grad(), full_precision(step.mask):
+        with alone, torch.no_grad(), full_precision(step.mask.device):
             step.found = list(self._compiled(step.mask, *[t.detach() for t in tensors]))
         step.called = self
         return (step.found[-2],)
@@ -224,7 +224,7 @@ class Graph:
             warnings.simplefilter("ignore")  # of torch's own making
             trace = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)
             graph = trace(step.mask, *tensors)
-            with torch.no_grad(), full_precision(step.mask):
+            with torch.no_grad(), full_precision(step.mask.device):
                 return by_inductor(graph, [step.mask, *(t.detach() for t in tensors)])
 
 

@@ -1,4 +1,4 @@
-"""How much memory a device has."""
+"""How much memory a device has, and whether it has run out."""
 
 from __future__ import annotations
 
@@ -16,3 +16,9 @@ def total_memory(device: torch.device) -> int:
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.is_file() else "max"
     return min(total, int(text)) if text.isdigit() else total
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: accelerators have an exception for it, a CPU's allocator a sentence."""
+    said = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return said or isinstance(error, (torch.OutOfMemoryError, MemoryError))

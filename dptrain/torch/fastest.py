@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from . import route_cost
+from .layout import Layout
 from .pullback import Group, Kind
 from .routes import DIRECT, Machine, Route, has_gram, is_direct
 from .stopwatch import Stopwatch
@@ -76,21 +77,17 @@ def _kept(facts: list[UseFacts], batch_size: int) -> int:
 
 
 def _operands(facts: list[UseFacts], batch_size: int) -> int:
+    """Bytes of what two operands hold; where their shapes do not tell, by positions and features."""
     held = 0
     for fact in facts:
-        groups, positions, rows, cols = fact.size
-        if fact.shapes is None:
+        if fact.shapes is None or not isinstance(fact.layout, Layout):
+            groups, positions, rows, cols = fact.size
             held += batch_size * groups * positions * (rows + cols)
             continue
-        for shape in fact.shapes:
-            if shape is not None:
-                axis = fact.layout.axis if hasattr(fact.layout, "axis") else 0
-                held += math.prod(shape) // max(1, shape[axis]) * _rows(fact, batch_size, shape[axis])
+        for shape in filter(None, fact.shapes):
+            axis = fact.layout.axis
+            held += math.prod(shape[:axis]) * fact.layout.rows(batch_size) * math.prod(shape[axis + 1 :])
     return held * route_cost.ITEMSIZE
-
-
-def _rows(fact: UseFacts, batch_size: int, otherwise: int) -> int:
-    return fact.layout.rows(batch_size) if hasattr(fact.layout, "rows") else otherwise
 
 
 def choose(menu: list[list[Offer]], budget: int | None) -> list[Route] | None:

@@ -117,24 +117,25 @@ class GroupNormFunction(Function):
         g = g.contiguous()
         n, channels = x.shape[:2]
         size = x[0, 0].numel()
-        # sums per example and channel are the per-example gradients: x-hat is never formed
-        flat = g.reshape(n, channels, size)
-        total = flat.sum(2) if size > 1 else flat.squeeze(2)
+        # One image with the channels of all examples is the same computation, whose gradients of scale
+        # and shift, one for each channel, are those of the examples.
+        gradient, scales, shifts = aten.native_group_norm_backward(
+            g.view(1, n * channels, size),
+            x.view(1, n * channels, size),
+            mean.view(1, -1),
+            rstd.view(1, -1),
+            None if weight is None else weight.repeat(n),
+            1,
+            n * channels,
+            size,
+            n * ctx.groups,
+            [ctx.needs_input_grad[0], weight_use is not None, bias_use is not None],
+        )
         if weight_use is not None:
-            product = torch.einsum("ncs,ncs->nc", flat, x.reshape(n, channels, size))
-            per_group = channels // ctx.groups
-            m = mean.reshape(n, -1).repeat_interleave(per_group, 1)
-            r = rstd.reshape(n, -1).repeat_interleave(per_group, 1)
-            weight_use.arrive(None, (product - total * m) * r)
+            weight_use.arrive(None, scales.view(n, channels))
         if bias_use is not None:
-            bias_use.arrive(None, total)
-        gradient = None
-        if ctx.needs_input_grad[0]:
-            mask = [True, False, False]
-            gradient = aten.native_group_norm_backward(
-                g, x, mean, rstd, weight, n, channels, size, ctx.groups, mask
-            )[0]
-        return gradient, *[None] * 7
+            bias_use.arrive(None, shifts.view(n, channels))
+        return None if gradient is None else gradient.view(x.shape), *[None] * 7
 
 
 class LookupFunction(Function):

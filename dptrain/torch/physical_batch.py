@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .device_memory import ran_out_of_memory
+
 TOLERANCE = 0.03
 """How far below the best throughput the chosen size may be."""
 
@@ -39,7 +41,9 @@ def choose(run_batch: Callable[[int], None], largest: int, device: torch.device)
     while size <= _ceil_power_of_two(largest):
         try:
             trials.append(Trial(size, size / _seconds_per_batch(run_batch, size, device)))
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out_of_memory(error):
+                raise
             if not trials and size > 1:
                 size //= 2
                 continue

@@ -20,14 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .capture import storage_key
 from .layout import Placement
 from .uses.base import widen
 from .uses.convolution import Convolution
 from .uses.gram import gamma
 
-#: autograd nodes that change a shape and nothing else
-RESHAPES = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
+#: autograd nodes that keep all elements in their order, wherever they lie in memory
+RESHAPES = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "CloneBackward0")
+
+#: products with so many elements stay in a cache until they are summed
+PRODUCT_ELEMENTS = 2**20
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,10 @@ class Standardisation:
         split = g.unflatten(2, (-1, chunk))
         whole = torch.linalg.vector_norm(split, dim=3).double().square().sum(2)  # [B, O]
         total = split.sum(3).double().sum(2)
-        # one example at a time: its product stays in the cache
-        along = torch.stack([(one * self.weight).unflatten(1, (-1, chunk)).sum(2) for one in g])
-        squared = self._joined(whole.mv(self.scale.double().square()), total, along.double().sum(2))
+        weight = self.weight.unflatten(1, (-1, chunk))
+        several = split.split(max(1, PRODUCT_ELEMENTS // self.weight.numel()))
+        along = torch.cat([(some * weight).sum(3) for some in several]).double().sum(2)
+        squared = self._joined(whole.mv(self.scale.double().square()), total, along)
         # each of the three numbers is off by gamma times what it would be if nothing cancelled
         rounding = 8 * gamma(chunk + 8, g.dtype) * whole.mv(self.scale.double().square())
         return squared.to(g.dtype), (rounding + self._slack(squared)).to(g.dtype)
@@ -146,7 +149,7 @@ def of(value: Tensor, leaf: Tensor) -> Standardisation | None:
     source = node._saved_input
     if not plain or value.dim() < 3 or value.shape != leaf.shape or value.dtype != leaf.dtype:
         return None
-    if source.shape[:2] != (1, value.shape[0]) or not _same_memory(source, leaf):
+    if source.shape[:2] != (1, value.shape[0]):
         return None
     below = _past_reshapes(node.next_functions[0][0])
     if getattr(below, "variable", None) is not leaf:
@@ -154,10 +157,6 @@ def of(value: Tensor, leaf: Tensor) -> Standardisation | None:
     scale = node._saved_result2.detach()
     rho = 1 - node._saved_eps * scale.square()
     return Standardisation(value.detach().flatten(1), scale, rho)
-
-
-def _same_memory(source: Tensor, leaf: Tensor) -> bool:
-    return storage_key(source) == storage_key(leaf) and source.storage_offset() == leaf.storage_offset()
 
 
 def _past_reshapes(node):

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,8 @@ from torch import Tensor
 
 from dptrain import __version__
 
-from .device_memory import total_memory
+from .device_memory import ran_out_of_memory, total_memory
+from .full_precision import full_precision
 from .layout import Layout
 from .standardised import Standardisation
 from .uses.base import squared_norm, weighted_sum
@@ -35,7 +35,8 @@ WORTH_MEASURING = 2e8
 CACHE_BYTES = 64 * 2**20
 #: one use's gradients may take this much of the device's memory
 SHARE_OF_MEMORY = 0.125
-REPEATS = 3
+#: the least of so many is taken: what else the machine does only adds to a time
+REPEATS = 5
 
 Route = tuple[str, str]
 
@@ -46,6 +47,8 @@ class Stopwatch:
     def __init__(self, device: torch.device, dtype: torch.dtype, remembered: Path | None = None):
         self.device, self.dtype = device, dtype
         self._path = remembered
+        #: its own, so that the user's random numbers stay the same whether or not something is measured
+        self._numbers = torch.Generator(device).manual_seed(0)
         self._known: dict[str, float] = _read(remembered)
         self._fresh = False
 
@@ -64,9 +67,12 @@ class Stopwatch:
         name = self._name(fact, route, batch_size, standardised)
         if name not in self._known:
             try:
-                self._known[name] = self._measure(fact, route, batch_size, standardised)
-            except (RuntimeError, MemoryError):  # too large for this route: never choose it
-                self._known[name] = float("inf")
+                with torch.no_grad(), full_precision(self.device):
+                    self._known[name] = self._measure(fact, route, batch_size, standardised)
+            except (RuntimeError, MemoryError) as error:
+                if not ran_out_of_memory(error):
+                    raise
+                return float("inf")  # too large for this route now: not chosen, and not remembered
             self._fresh = True
         return self._known[name]
 
@@ -92,7 +98,7 @@ class Stopwatch:
 
     def _measure(self, fact: UseFacts, route: Route, batch_size: int, standardised: bool) -> float:
         a, g = (self._random(shape, fact.layout, batch_size) for shape in fact.shapes)
-        weights = torch.rand(batch_size, device=self.device, dtype=self.dtype)
+        weights = torch.ones(batch_size, device=self.device, dtype=self.dtype)
         into = torch.zeros(fact.value, device=self.device, dtype=self.dtype)
         norms = self._standardised(fact) if standardised else None
         place = (fact.layout, batch_size)
@@ -123,14 +129,14 @@ class Stopwatch:
     def _random(self, shape: torch.Size, layout: Layout, batch_size: int) -> Tensor:
         sizes = list(shape)
         sizes[layout.axis] = layout.rows(batch_size)
-        return torch.randn(sizes, device=self.device, dtype=self.dtype)
+        return torch.randn(sizes, device=self.device, dtype=self.dtype, generator=self._numbers)
 
     def _standardised(self, fact: UseFacts) -> Standardisation:
-        rows = torch.randn(fact.value, device=self.device, dtype=self.dtype).flatten(1)
+        rows = self._random(fact.value, Layout(inner=fact.value[0]), 1).flatten(1)
         return Standardisation(rows, torch.ones_like(rows[:, 0]), torch.ones_like(rows[:, 0]))
 
     def _time(self, works: list[Callable[[], Any]]) -> float:
-        """Median seconds of one of the works, done in turn."""
+        """Least seconds of one of the works, done in turn."""
         works[0]()
         samples = []
         for i in range(max(REPEATS, len(works))):
@@ -139,7 +145,7 @@ class Stopwatch:
             works[i % len(works)]()
             self._finish()
             samples.append(time.perf_counter() - start)
-        return statistics.median(samples)
+        return min(samples)
 
     def _finish(self) -> None:
         if self.device.type == "cuda":

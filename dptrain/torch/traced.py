@@ -172,16 +172,18 @@ class BranchFree(Bookkeeping):
         else:
             super()._record(use, a, g)
 
-    def _trusted(self, squared, bound, plainly):
-        self.doubts.append(((bound > 0.01 * squared) & squared.isfinite()).any())
-        return squared + bound
+    def _settle(self) -> None:
+        for squared, bound, _ in self.bounded:
+            self.doubts.append(((bound > 0.01 * squared) & squared.isfinite()).any())
+            self.parts.append(squared + bound)
+        self.bounded.clear()
 
     def _record_alone(self, use, fact, route, a, g) -> None:
         if route.norm == "gram":
             super()._record_alone(use, fact, route, a, g)
             return
         gradient = self._example_gradients(use, fact, a, g, use.index)
-        self._add(_squared_norm(gradient))
+        self.parts.append(_squared_norm(gradient))
         if route.keeps_gradients:
             self.gradients[use.index] = gradient
 

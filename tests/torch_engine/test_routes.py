@@ -6,10 +6,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import dptrain.torch as dpt
-from dptrain.torch import standardised
+from dptrain.torch import standardised, stopwatch
 from dptrain.torch.fastest import Offer, choose
 from dptrain.torch.layout import Layout
 from dptrain.torch.routes import Route
+from dptrain.torch.stopwatch import Stopwatch
 from dptrain.torch.uses import gram
 from dptrain.torch.uses.convolution import Convolution
 
@@ -183,17 +184,45 @@ def test_standardised_norms_carry_their_error():
     assert torch.allclose(plain, true, rtol=1e-4)
 
 
-def test_what_could_exhaust_the_memory_is_not_tried(monkeypatch):
-    from dptrain.torch import stopwatch
-
-    watch = stopwatch.Stopwatch(torch.device("cpu"), torch.float32)
+def large_use():
+    """Facts of a use that is worth a measurement at 1000 examples."""
     model = nn.Linear(600, 600, bias=False)
     data = {"x": torch.randn(300, 600), "y": torch.randint(5, (300,))}
-    fact = dpt.clipped_grad(model, loss_fn, clip_norm=1.0).plan(data).findings.uses[0]
+    return dpt.clipped_grad(model, loss_fn, clip_norm=1.0).plan(data).findings.uses[0]
+
+
+def test_what_could_exhaust_the_memory_is_not_tried(monkeypatch):
+    watch, fact = Stopwatch(torch.device("cpu"), torch.float32), large_use()
     assert 0 < watch.seconds(fact, ("materialise", "reuse"), 1000, False) < float("inf")
     monkeypatch.setattr(stopwatch, "total_memory", lambda _: 2**30)
     assert watch.seconds(fact, ("materialise", "reuse"), 1000, False) == float("inf")
     assert 0 < watch.seconds(fact, ("gram", "contract"), 1000, False) < float("inf")
+
+
+def test_a_measurement_leaves_no_trace():
+    """Neither random numbers nor autocast of the caller's have a part in it."""
+    watch, fact = Stopwatch(torch.device("cpu"), torch.float32), large_use()
+    before = torch.get_rng_state()
+    with torch.autocast("cpu", torch.bfloat16):
+        for route in ROUTES:
+            assert 0 < watch.seconds(fact, tuple(route.split("+")), 1000, False) < float("inf")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_failed_for_want_of_memory_is_tried_again(monkeypatch, tmp_path):
+    watch, fact = Stopwatch(torch.device("cpu"), torch.float32, tmp_path / "routes.json"), large_use()
+
+    def fail(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stopwatch, "_measure", fail)
+        assert watch.seconds(fact, ("gram", "contract"), 1000, False) == float("inf")
+    assert watch.seconds(fact, ("gram", "contract"), 1000, False) < float("inf")
+    watch.remember()
+    again = Stopwatch(torch.device("cpu"), torch.float32, tmp_path / "routes.json")
+    monkeypatch.setattr(Stopwatch, "_measure", fail)
+    assert again.seconds(fact, ("gram", "contract"), 1000, False) < float("inf")
 
 
 def test_a_sum_is_never_pulled_back_through_a_narrower_type():

@@ -329,3 +329,37 @@ def test_rule_7_doubtful_tied_norms_are_materialised():
     assert (error <= bound).all() and (bound < 0.01 * squared).all()
     flipped = [(c, r) for r, c in factors]
     torch.testing.assert_close(tied_gradients(flipped, torch.Size((4, 7))), want.mT)
+
+
+@pytest.mark.parametrize("method", ["bk-ghost", "per-example", "fast-gradient"])
+def test_float32_is_float32_in_norms_and_sums(method, monkeypatch):
+    """Rule 7: what the model multiplies in less, TF32 or bfloat16, norms and sums do not."""
+    from dptrain.torch.uses.linear import Linear
+
+    found = []
+
+    def watched(name):
+        original = getattr(Linear, name)
+
+        def wrapped(*args, **kwargs):
+            found.append(torch.backends.mkldnn.matmul.fp32_precision)
+            return original(*args, **kwargs)
+
+        return wrapped
+
+    for name in ("squared_norms", "example_gradients", "contract"):
+        monkeypatch.setattr(Linear, name, watched(name))
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    data = (torch.randn(5, 4), torch.randint(3, (5,)))
+
+    def loss_fn(model, batch):
+        return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        dpt.clipped_grad(model, loss_fn, clip_norm=1.0, method=method)(data)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert found and set(found) == {"ieee"}

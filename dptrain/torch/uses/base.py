@@ -49,6 +49,11 @@ def widen(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
+def wide_type(dtype: torch.dtype) -> torch.dtype:
+    """The type that ``widen`` casts to."""
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+
 @dataclass(frozen=True)
 class Rule:
     """How a use's gradient is formed. Equal rules on equal shapes cost the same."""
@@ -148,10 +153,11 @@ def squared_norm(gradients: Tensor) -> Tensor:
     # A CPU's float32 norm adds one square after the other, and the sum of millions of them swallows
     # the small ones, so that the norm is understated. Blocks are joined in float64.
     whole = flat.shape[1] - flat.shape[1] % BLOCK
-    blocks = torch.linalg.vector_norm(flat[:, :whole].unflatten(1, (-1, BLOCK)), dim=2)
-    rest = torch.linalg.vector_norm(flat[:, whole:], dim=1, keepdim=True)
-    parts = torch.cat([blocks, rest], 1).double()
-    return parts.square().sum(1).to(flat.dtype)
+    parts = torch.linalg.vector_norm(flat[:, :whole].unflatten(1, (-1, BLOCK)), dim=2)
+    if whole < flat.shape[1]:
+        rest = torch.linalg.vector_norm(flat[:, whole:], dim=1, keepdim=True)
+        parts = torch.cat([parts, rest], 1)
+    return parts.double().square_().sum(1).to(flat.dtype)
 
 
 def reduce_to(gradient: Tensor, aligned: tuple[int, ...], layout: Placement, batch_size: int) -> Tensor:
@@ -164,12 +170,18 @@ def reduce_to(gradient: Tensor, aligned: tuple[int, ...], layout: Placement, bat
         return _reduce_rows(gradient, aligned, layout, batch_size)
     axis = layout.axis
     ndim = gradient.dim()
+    if axis == 0 and layout.outer == 1 and aligned[0] == 1:  # as below, in as few calls as there can be
+        summed = [d + 1 for d in range(1, ndim) if aligned[d] == 1 and gradient.shape[d] > 1]
+        if layout.inner == 1 and not summed:
+            return widen(gradient).reshape(batch_size, *aligned)
+        rows = gradient.reshape(batch_size, layout.inner, *gradient.shape[1:])
+        return rows.sum([1, *summed], dtype=wide_type(gradient.dtype)).reshape(batch_size, *aligned)
     split = layout.split(gradient, batch_size)  # [B, ..., outer, inner, ...]
     if aligned[axis] == 1:
         summed = [d for d in range(ndim) if aligned[d] == 1 and d != axis]
         dims = [d + 1 if d < axis else d + 2 for d in summed] + [axis + 1, axis + 2]
-        return split.sum(dims, dtype=widen(gradient[:0]).dtype).reshape(batch_size, *aligned)
-    rows = torch.zeros(batch_size, *gradient.shape, dtype=widen(gradient[:0]).dtype, device=gradient.device)
+        return split.sum(dims, dtype=wide_type(gradient.dtype)).reshape(batch_size, *aligned)
+    rows = torch.zeros(batch_size, *gradient.shape, dtype=wide_type(gradient.dtype), device=gradient.device)
     examples = torch.arange(batch_size, device=gradient.device)
     # examples_of[b] is a view of rows[b] with the axis unfolded; its own slot receives its rows
     unfolded = rows.reshape(
@@ -193,7 +205,7 @@ def _reduce_rows(gradient: Tensor, aligned: tuple[int, ...], layout: Routed, bat
     mine = layout.owners >= 0
     target = (layout.owners * math.prod(aligned[:axes]) + places)[mine]
     rows = gradient.reshape(*layout.owners.shape, math.prod(gradient.shape[axes:]))[mine]
-    dtype = widen(gradient[:0] if gradient.dim() else gradient).dtype
+    dtype = wide_type(gradient.dtype)
     total = torch.zeros(
         batch_size * math.prod(aligned[:axes]), rows.shape[-1], dtype=dtype, device=gradient.device
     )

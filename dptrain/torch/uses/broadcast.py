@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..layout import Routed
-from .base import Rule, add_to, reduce_to, widen
+from .base import Rule, add_to, reduce_to, wide_type, widen
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Broadcast(Rule):
         if weights is not None:
             g = g * layout.per_row(weights, g.dim())
         summed = [d for d in range(g.dim()) if self.aligned[d] == 1]
-        total = g.sum(summed, dtype=widen(g[:0]).dtype) if summed else widen(g)
+        total = g.sum(summed, dtype=wide_type(g.dtype)) if summed else widen(g)
         return add_to(into, total.reshape(value))
 
 
