@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 KEEP = Route("materialise", "reuse")
 DROP = Route("materialise", "contract")
 GRAM = Route("gram", "contract")
+#: what the stopwatch takes for a norm and for a sum
+PARTS = {KEEP: ("keep", "reuse"), DROP: ("drop", "contract"), GRAM: ("gram", "contract")}
 #: by how much a Gram route must be faster to be preferred
 DOUBT = 0.05
 
@@ -40,36 +42,42 @@ def offers(
     if group.one_by_one or not all(fact.size for fact in facts):
         return [Offer(KEEP, 0.0, _kept(facts, batch_size))]
     routes = [KEEP, DROP] + ([GRAM] if has_gram(group, facts) else [])
-    seconds = _measured(group, facts, routes, batch_size, stopwatch)
-    if seconds is None:
-        tied = len(facts) if group.kind is Kind.TIED else 1
-        seconds = [
-            sum(route_cost.seconds(fact, route, batch_size, machine) for fact in facts)
-            * (tied if route is GRAM else 1)
-            for route in routes
-        ]
+    seconds = [_seconds(group, facts, route, batch_size, machine, stopwatch) for route in routes]
     # a Gram norm may turn out in doubt, and is then materialised after all
     seconds = [s * (1 + DOUBT) if route is GRAM else s for route, s in zip(routes, seconds)]
     held = [_kept(facts, batch_size) if r is KEEP else _operands(facts, batch_size) for r in routes]
     return sorted(map(Offer, routes, seconds, held), key=lambda offer: (offer.seconds, offer.bytes))
 
 
-def _measured(
-    group: Group, facts: list[UseFacts], routes: list[Route], batch_size: int, stopwatch: Stopwatch | None
-) -> list[float] | None:
-    """Seconds of each route, or None if one of them cannot be timed by itself."""
-    if stopwatch is None or group.kind not in (Kind.ALONE, Kind.STANDARDISED):
+def _seconds(
+    group: Group,
+    facts: list[UseFacts],
+    route: Route,
+    batch_size: int,
+    machine: Machine,
+    stopwatch: Stopwatch | None,
+) -> float:
+    """Of a route: measured if all of it can be, otherwise by the cost model."""
+    norms, sums = (
+        [_part(stopwatch, group, fact, part, batch_size) for fact in facts] for part in PARTS[route]
+    )
+    if None in norms or None in sums:
+        norms = [route_cost.seconds(fact, route, batch_size, machine) for fact in facts]
+        sums = [0.0]
+    if group.kind is Kind.TIED and route is GRAM:  # a cross term of two uses costs what their own ones do
+        norms = norms * len(facts)
+    elif group.kind is Kind.TIED:  # the gradients of an example are added up before they are normed
+        moved = route_cost.PASSES_OVER_GRADIENTS * _kept(facts[1:], batch_size)
+        norms = [*norms, moved / machine.bytes_per_s]
+    return sum(norms) + sum(sums)
+
+
+def _part(
+    stopwatch: Stopwatch | None, group: Group, fact: UseFacts, part: str, batch_size: int
+) -> float | None:
+    if stopwatch is None or group.kind is Kind.GENERAL:
         return None
-    standardised = group.kind is Kind.STANDARDISED
-    found = [
-        stopwatch.seconds(fact, (route.norm, route.sum), batch_size, standardised)
-        for route in routes
-        for fact in facts
-    ]
-    if any(seconds is None for seconds in found):
-        return None
-    each = len(facts)
-    return [sum(found[i * each : (i + 1) * each]) for i in range(len(routes))]  # type: ignore[arg-type]
+    return stopwatch.seconds(fact, part, batch_size, group.kind is Kind.STANDARDISED)
 
 
 def _kept(facts: list[UseFacts], batch_size: int) -> int:

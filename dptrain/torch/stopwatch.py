@@ -1,4 +1,4 @@
-"""How long a use takes by each route on this device, measured for a moment and remembered.
+"""How long the parts of each route take for a use on this device, measured for a moment and remembered.
 
 Whether keeping gradients or recomputing them wins depends on memory traffic as much as on arithmetic, so
 operations and bytes alone do not decide it. Only shapes are timed, on random numbers: no data.
@@ -25,6 +25,7 @@ from .full_precision import full_precision
 from .layout import Layout
 from .standardised import Standardisation
 from .uses.base import squared_norm, weighted_sum
+from .uses.lookup import Lookup
 
 if TYPE_CHECKING:
     from .trace import UseFacts
@@ -38,11 +39,9 @@ SHARE_OF_MEMORY = 0.125
 #: the least of so many is taken: what else the machine does only adds to a time
 REPEATS = 5
 
-Route = tuple[str, str]
-
 
 class Stopwatch:
-    """Seconds by use and route; one for a device and a type."""
+    """Seconds by use and part of a route; one for a device and a type."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, remembered: Path | None = None):
         self.device, self.dtype = device, dtype
@@ -52,8 +51,13 @@ class Stopwatch:
         self._known: dict[str, float] = _read(remembered)
         self._fresh = False
 
-    def seconds(self, fact: UseFacts, route: Route, batch_size: int, standardised: bool) -> float | None:
-        """What norm and sum of a use cost by (norm, sum); None for what cannot be timed by itself."""
+    def seconds(self, fact: UseFacts, part: str, batch_size: int, standardised: bool) -> float | None:
+        """What a part of a use's work takes; None for what cannot be timed by itself.
+
+        Args:
+            part: of the norm, "keep" or "drop" (materialise, to memory of its own or to scratch) or "gram";
+                of the sum, "reuse" or "contract".
+        """
         if fact.size is None or fact.shapes is None or not isinstance(fact.layout, Layout):
             return None
         if (
@@ -62,13 +66,13 @@ class Stopwatch:
         ):
             return None
         gradients = batch_size * fact.value.numel() * self.dtype.itemsize
-        if route[0] == "materialise" and gradients > SHARE_OF_MEMORY * total_memory(self.device):
+        if part in ("keep", "drop", "reuse") and gradients > SHARE_OF_MEMORY * total_memory(self.device):
             return float("inf")  # to try it could end the process
-        name = self._name(fact, route, batch_size, standardised)
+        name = self._name(fact, part, batch_size, standardised)
         if name not in self._known:
             try:
                 with torch.no_grad(), full_precision(self.device):
-                    self._known[name] = self._measure(fact, route, batch_size, standardised)
+                    self._known[name] = self._measure(fact, part, batch_size, standardised)
             except (RuntimeError, MemoryError) as error:
                 if not ran_out_of_memory(error):
                     raise
@@ -87,44 +91,40 @@ class Stopwatch:
             scratch.replace(self._path)
         self._fresh = False
 
-    def _name(self, fact: UseFacts, route: Route, batch_size: int, standardised: bool) -> str:
+    def _name(self, fact: UseFacts, part: str, batch_size: int, standardised: bool) -> str:
         what: list[Any] = [
             fact.rule,
             tuple(fact.value),
             [None if s is None else tuple(s) for s in fact.shapes],
         ]
-        what += [fact.layout, batch_size, standardised, *route, self.dtype]
+        what += [fact.layout, batch_size, standardised, part, self.dtype]
         return " ".join(map(str, what))
 
-    def _measure(self, fact: UseFacts, route: Route, batch_size: int, standardised: bool) -> float:
+    def _measure(self, fact: UseFacts, part: str, batch_size: int, standardised: bool) -> float:
         a, g = (self._random(shape, fact.layout, batch_size) for shape in fact.shapes)
+        if isinstance(fact.rule, Lookup):
+            a = a.mul_(2**16).long().remainder_(fact.value[0])
         weights = torch.ones(batch_size, device=self.device, dtype=self.dtype)
         into = torch.zeros(fact.value, device=self.device, dtype=self.dtype)
         norms = self._standardised(fact) if standardised else None
         place = (fact.layout, batch_size)
-        total = 0.0
-        if route == ("materialise", "reuse"):
-            size = batch_size * into.numel() * into.element_size()
-            count = max(1, min(16, -(-CACHE_BYTES // size)))
-            buffers = [into.new_zeros(batch_size, *fact.value) for _ in range(count)]
+        if part == "contract":
+            return self._time([lambda: fact.rule.contract(fact.value, a, g, weights, *place, into)])
+        if part == "gram" and norms:
+            return self._time([lambda: norms.gram_norms(fact.rule, a, g, g, *place)])
+        if part == "gram":
+            return self._time([lambda: fact.rule.squared_norms(a, g, *place)])
+        size = batch_size * into.numel() * into.element_size()
+        count = 1 if part == "drop" else max(1, min(16, -(-CACHE_BYTES // size)))
+        buffers = [into.new_zeros(batch_size, *fact.value) for _ in range(count)]
+        if part == "reuse":
+            return self._time([lambda b=b: weighted_sum(b, weights, into) for b in buffers])
 
-            def fill(buffer: Tensor) -> None:
-                gradients = fact.rule.example_gradients(fact.value, a, g, *place, buffer)
-                norms.norms(gradients) if norms else squared_norm(gradients)
+        def fill(buffer: Tensor) -> None:
+            gradients = fact.rule.example_gradients(fact.value, a, g, *place, buffer)
+            norms.norms(gradients) if norms else squared_norm(gradients)
 
-            total += self._time([lambda b=b: fill(b) for b in buffers])
-            return total + self._time([lambda b=b: weighted_sum(b, weights, into) for b in buffers])
-        if route[0] == "gram":
-            if norms:
-                total += self._time([lambda: norms.gram_norms(fact.rule, a, g, g, *place)])
-            else:
-                total += self._time([lambda: fact.rule.squared_norms(a, g, *place)])
-        else:
-            scratch = into.new_zeros(batch_size, *fact.value)
-            total += self._time(
-                [lambda: squared_norm(fact.rule.example_gradients(fact.value, a, g, *place, scratch))]
-            )
-        return total + self._time([lambda: fact.rule.contract(fact.value, a, g, weights, *place, into)])
+        return self._time([lambda b=b: fill(b) for b in buffers])
 
     def _random(self, shape: torch.Size, layout: Layout, batch_size: int) -> Tensor:
         sizes = list(shape)
