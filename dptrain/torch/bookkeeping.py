@@ -12,7 +12,7 @@ from torch import Tensor
 from . import standardised
 from .capture import Capture, Use
 from .errors import Changed, Misfit, Unforeseen
-from .full_precision import full_precision
+from .full_precision import full_precision, is_full
 from .planner import Plan
 from .pullback import (
     Group,
@@ -106,6 +106,9 @@ class Bookkeeping:
 
     def norms(self, use: Use, a: Tensor | None, g: Tensor) -> None:
         """The sink of the first backward pass."""
+        if is_full(g.device):  # the usual case on a CPU, at each use
+            self._record(use, a, g)
+            return
         with full_precision(g.device):
             self._record(use, a, g)
 

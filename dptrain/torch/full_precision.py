@@ -15,14 +15,22 @@ PRODUCTS = {
 }
 
 
+def is_full(device: torch.device) -> bool:
+    """Whether float32 is float32 as it is."""
+    return not torch.is_autocast_enabled(device.type) and not _lowered(device)
+
+
+def _lowered(device: torch.device) -> list:
+    return [p for p in PRODUCTS.get(device.type, ()) if p.fp32_precision not in ("ieee", "none")]
+
+
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Without autocast, and with float32 that is float32."""
     with contextlib.ExitStack() as stack:
-        if torch.is_autocast_enabled(device.type):  # entered for every use: what is off costs nothing
+        if torch.is_autocast_enabled(device.type):
             stack.enter_context(torch.autocast(device.type, enabled=False))
-        for products in PRODUCTS.get(device.type, ()):
-            if products.fp32_precision not in ("ieee", "none"):
-                stack.callback(setattr, products, "fp32_precision", products.fp32_precision)
-                products.fp32_precision = "ieee"
+        for products in _lowered(device):
+            stack.callback(setattr, products, "fp32_precision", products.fp32_precision)
+            products.fp32_precision = "ieee"
         yield

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import Function
 
+from .uses.base import is_channels_last
+
 aten = torch.ops.aten
 
 
@@ -102,7 +104,7 @@ class LayerNormFunction(Function):
 class GroupNormFunction(Function):
     @staticmethod
     def forward(ctx, x, groups, weight, bias, eps, anchor, weight_use, bias_use):
-        x = x.contiguous()
+        x = x if is_channels_last(x) else x.contiguous()
         n, channels = x.shape[:2]
         size = x[0, 0].numel()
         y, mean, rstd = torch.native_group_norm(x, weight, bias, n, channels, size, groups, eps)
@@ -114,28 +116,59 @@ class GroupNormFunction(Function):
     def backward(ctx, g):
         x, mean, rstd, weight = ctx.saved_tensors
         weight_use, bias_use = ctx.uses
-        g = g.contiguous()
-        n, channels = x.shape[:2]
-        size = x[0, 0].numel()
-        # One image with the channels of all examples is the same computation, whose gradients of scale
-        # and shift, one for each channel, are those of the examples.
-        gradient, scales, shifts = aten.native_group_norm_backward(
-            g.view(1, n * channels, size),
-            x.view(1, n * channels, size),
-            mean.view(1, -1),
-            rstd.view(1, -1),
-            None if weight is None else weight.repeat(n),
-            1,
-            n * channels,
-            size,
-            n * ctx.groups,
-            [ctx.needs_input_grad[0], weight_use is not None, bias_use is not None],
-        )
+        mask = [ctx.needs_input_grad[0], weight_use is not None, bias_use is not None]
+        if is_channels_last(x):
+            gradient, scales, shifts = _each_image(g, x, mean, rstd, weight, ctx.groups, mask)
+        else:
+            gradient, scales, shifts = _as_one_image(g, x, mean, rstd, weight, ctx.groups, mask)
         if weight_use is not None:
-            weight_use.arrive(None, scales.view(n, channels))
+            weight_use.arrive(None, scales)
         if bias_use is not None:
-            bias_use.arrive(None, shifts.view(n, channels))
-        return None if gradient is None else gradient.view(x.shape), *[None] * 7
+            bias_use.arrive(None, shifts)
+        return gradient, *[None] * 7
+
+
+def _as_one_image(g, x, mean, rstd, weight, groups: int, mask: list[bool]):
+    """Group norm's backward pass with gradients of scale and shift per example, ``[N, C]``.
+
+    One image with the channels of all examples is the same computation, and its gradients of scale and
+    shift, one for each channel, are those of the examples.
+    """
+    n, channels = x.shape[:2]
+    size = x[0, 0].numel()
+    gradient, scales, shifts = aten.native_group_norm_backward(
+        g.contiguous().view(1, n * channels, size),
+        x.view(1, n * channels, size),
+        mean.view(1, -1),
+        rstd.view(1, -1),
+        None if weight is None else weight.repeat(n),
+        1,
+        n * channels,
+        size,
+        n * groups,
+        mask,
+    )
+    gradient, scales, shifts = (
+        None if t is None else t.view(shape)
+        for t, shape in ((gradient, x.shape), (scales, (n, channels)), (shifts, (n, channels)))
+    )
+    return gradient, scales, shifts
+
+
+def _each_image(g, x, mean, rstd, weight, groups: int, mask: list[bool]):
+    """The same where channels lie last, so that those of several images do not lie together."""
+    channels, size = x.shape[1], x[0, 0].numel()
+    g = g.contiguous(memory_format=torch.channels_last)
+    each = [
+        aten.native_group_norm_backward(*one, weight, 1, channels, size, groups, mask)
+        for one in zip(g.split(1), x.split(1), mean.split(1), rstd.split(1))
+    ]
+    gradients, scales, shifts = zip(*each)
+    return (
+        torch.cat(gradients) if mask[0] else None,
+        torch.stack(scales) if mask[1] else None,
+        torch.stack(shifts) if mask[2] else None,
+    )
 
 
 class LookupFunction(Function):

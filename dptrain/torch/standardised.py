@@ -84,22 +84,24 @@ class Standardisation:
             result = _convolve(rule, a, self.weight.to(a.dtype).reshape(-1, a.shape[1], *rule.kernel))
         weighted = g * self.scale.reshape(-1, *[1] * (g.dim() - 2))
         whole, bound = rule.squared_norms(a, weighted, layout, batch_size)
-        sums, lengths = _patch_sums(rule, a)  # [N, T]
+        sums, lengths = _patch_sums(rule, a)  # [N, T], [N]
         by_channel = g.flatten(2)  # [N, O, T]
 
         def per_example(rows: Tensor) -> Tensor:
-            return layout.examples_first(rows, batch_size, 1).sum(1)
+            return layout.examples_first(rows, batch_size, 1).sum(1).double()
 
-        # what all of a patch shares is large where activations are positive, and is all but lost: in float64
-        total = per_example(torch.bmm(by_channel.double(), sums.unsqueeze(2)).squeeze(2))
-        along = per_example((by_channel * result.flatten(2)).sum(2)).double()
-        magnitude = per_example(torch.bmm(by_channel.abs(), lengths.unsqueeze(2)).squeeze(2)).double()
+        total = per_example(torch.bmm(sums.unsqueeze(1), by_channel.mT).squeeze(1))
+        along = per_example((by_channel * result.flatten(2)).sum(2))
+        # sum_t |g_t| |patch_t| is this at most (Cauchy and Schwarz)
+        magnitude = per_example(torch.linalg.vector_norm(by_channel, dim=2) * lengths.unsqueeze(1))
         squared = self._joined(whole.double(), total, along)
-        # what the convolution yields is a sum over the fan-in of terms that come to |patch| sqrt(n) at most,
-        # and so is the inner product of w' and 1
-        n = self.fan_in
-        slip = gamma(2 * n + by_channel.shape[2] + 8, g.dtype) * math.sqrt(n) * magnitude
-        extra = ((4 * along.abs() * slip + 2 * slip.square()) / n).mv(self.scale.double().square())
+        # The sum of a patch is sqrt(n) |patch| at most; what the convolution yields is a sum over the fan-in
+        # of terms that come to as much, and so is the inner product of w' and 1.
+        n, positions = self.fan_in, by_channel.shape[2]
+        most = math.sqrt(n) * magnitude
+        slips = gamma(positions + 4, g.dtype) * most, gamma(2 * n + positions + 8, g.dtype) * most
+        extra = sum(4 * x.abs() * slip + 2 * slip.square() for x, slip in zip((total, along), slips)) / n
+        extra = extra.mv(self.scale.double().square())
         rounding = 8 * gamma(1, g.dtype) * whole.double().abs()
         return squared.to(g.dtype), (bound.double() + extra + rounding + self._slack(squared)).to(g.dtype)
 
@@ -124,11 +126,11 @@ def _convolve(rule: Convolution, image: Tensor, weight: Tensor) -> Tensor:
 
 
 def _patch_sums(rule: Convolution, a: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of the elements of each patch in float64, and its length: ``[N, T]``."""
+    """The sum of the elements of each patch ``[N, T]``, and the length of all patches ``[N]``."""
     sums = a.sum(1, keepdim=True, dtype=torch.float64)
     squares = a.square().sum(1, keepdim=True)
     sums, squares = (_convolve(rule, t, t.new_ones(1, 1, *rule.kernel)).flatten(1) for t in (sums, squares))
-    return sums, squares.clamp(min=0).sqrt()
+    return sums.to(a.dtype), squares.clamp(min=0).sum(1).sqrt()
 
 
 def has_gram(rule: Convolution) -> bool:

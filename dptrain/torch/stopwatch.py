@@ -97,11 +97,13 @@ class Stopwatch:
             tuple(fact.value),
             [None if s is None else tuple(s) for s in fact.shapes],
         ]
-        what += [fact.layout, batch_size, standardised, part, self.dtype]
+        what += [fact.layout, fact.channels_last, batch_size, standardised, part, self.dtype]
         return " ".join(map(str, what))
 
     def _measure(self, fact: UseFacts, part: str, batch_size: int, standardised: bool) -> float:
         a, g = (self._random(shape, fact.layout, batch_size) for shape in fact.shapes)
+        if fact.channels_last:
+            a, g = (t.contiguous(memory_format=torch.channels_last) for t in (a, g))
         if isinstance(fact.rule, Lookup):
             a = a.mul_(2**16).long().remainder_(fact.value[0])
         weights = torch.ones(batch_size, device=self.device, dtype=self.dtype)

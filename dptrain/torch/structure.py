@@ -23,6 +23,7 @@ from .layout import Layout, busy, candidates, only_rows_of, row_heights
 from .pullback import group_uses
 from .trace import CHANGING, Findings, UseFacts, describe, reroute
 from .understudy import Understudy
+from .uses.base import is_channels_last
 
 #: primes, so that hardly any other size of a model is a multiple of both
 SIZES = (2, 3)
@@ -77,6 +78,7 @@ class Structure:
                         layout=known.layout,
                         size=known.size,
                         shapes=known.shapes,
+                        channels_last=known.channels_last,
                         routable=known.routable,
                         options=known.options,
                     )
@@ -127,7 +129,14 @@ def find_structure(understudy: Understudy, batch_size: int) -> Structure:
             told = next(s.fact for s in seen if s.options is not None)
             more = tuple(options) if len(options) > 1 else ()
             facts.append(
-                dataclasses.replace(fact, layout=options[0], size=told.size, shapes=told.shapes, options=more)
+                dataclasses.replace(
+                    fact,
+                    layout=options[0],
+                    size=told.size,
+                    shapes=told.shapes,
+                    channels_last=told.channels_last,
+                    options=more,
+                )
             )
         elif single:
             facts.append(dataclasses.replace(fact, routed=True))
@@ -237,7 +246,9 @@ def _look(understudy: Understudy, size: int, attempt: int, layouts, ready) -> li
             seen.shape, seen.options = g.shape, candidates(g.shape, size, use.rule.features)
             sized = use.rule.size(use.value.shape, a, g, size)
             shapes = (None if a is None else a.shape, g.shape)
-            seen.fact = dataclasses.replace(seen.fact, size=sized, shapes=shapes)
+            seen.fact = dataclasses.replace(
+                seen.fact, size=sized, shapes=shapes, channels_last=a is not None and is_channels_last(a)
+            )
         rows = {axis: busy(g, axis) for axis in {layout.axis for layout in seen.options}}
         seen.options = [o for o in seen.options if only_rows_of(example, rows[o.axis], o, size)]
         moved = row_heights(g, use.rule.row_axes(g)).ne(0).byte()

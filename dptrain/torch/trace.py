@@ -32,6 +32,7 @@ class UseFacts:
         routed: the data decide which rows it sees.
         options: further layouts that the small sizes allow, where few rows had a gradient.
         shapes: of the other operand (None if there is none) and of the output at a small batch size.
+        channels_last: whether the other operand lies so in memory.
         routable: each of its rows is moved by one example, so that it could be routed.
         geometry: which elements of its leaf the value shows, if it is a view of one.
     """
@@ -47,6 +48,7 @@ class UseFacts:
     routable: bool = False
     options: tuple[Placement, ...] = ()
     shapes: tuple[torch.Size | None, torch.Size] | None = None
+    channels_last: bool = False
 
     @property
     def reached(self) -> bool:

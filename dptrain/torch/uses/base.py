@@ -54,6 +54,11 @@ def wide_type(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
+def is_channels_last(x: Tensor) -> bool:
+    """Whether a batch of images lies in memory with its channels last."""
+    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
 @dataclass(frozen=True)
 class Rule:
     """How a use's gradient is formed. Equal rules on equal shapes cost the same."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,10 @@ from ..layout import Layout, Placement
 from . import gram
 from .base import Factors, Rule, Size, add_to, widen
 
+#: a CPU takes gradients of so few positions faster from patches, as one product
+FEW_POSITIONS = 64
+#: widths up to which a depthwise gradient is taken from products of rows
+BAND = 16
 #: unfolded patches and Gram matrices are formed for as many examples at a time as fit into this many bytes
 CHUNK_BYTES = 128 * 2**20
 
@@ -58,6 +63,11 @@ class Convolution(Rule):
     @property
     def _pointwise(self) -> bool:
         return all(k == 1 for k in self.kernel) and not any(self.padding)
+
+    @property
+    def _disjoint(self) -> bool:
+        """Whether patches do not overlap, so that they are no larger than the image."""
+        return all(k == s for k, s in zip(self.kernel, self.stride)) and all(d == 1 for d in self.dilation)
 
     def _picked(self, image: Tensor, out: Tensor) -> Tensor:
         """What a pointwise kernel sees: ``[N, I, *S'] -> [N, E, I / E, positions]``; a view if unstrided."""
@@ -137,9 +147,9 @@ class Convolution(Rule):
         and additions in place of T^2 I k. It is not where strides skip pixels."""
         if self._pointwise or image.shape[0] != batch_size:
             return False
-        pixels, positions, k = self._padded(image).numel(), out.shape[2:].numel(), math.prod(self.kernel)
+        pixels, positions, k = image.shape[2:].numel(), out.shape[2:].numel(), math.prod(self.kernel)
         channels = image.shape[1] // self.groups
-        fits = 4 * self.groups * 2 * pixels**2 <= CHUNK_BYTES
+        fits = 4 * self.groups * 2 * self._padded(image).numel() ** 2 <= CHUNK_BYTES
         # additions move memory: as costly as some 16 products each
         return fits and pixels**2 * channels + 16 * k * positions**2 < positions**2 * channels * k
 
@@ -181,21 +191,67 @@ class Convolution(Rule):
 
     def example_gradients(self, value, a, g, layout, batch_size, out=None):
         image, outcome = self._operands(a, g, layout, batch_size)
-        if self._pointwise or image.device.type != "cpu":
-            shape = (batch_size, self.groups, value[0] // self.groups, value[1:].numel())
-            if out is None:
-                out = image.new_empty(batch_size, *value)
-            done = 0
-            for rows, cols in self._factor_chunks(image, outcome, batch_size):
-                part = out.view(shape)[done : done + len(rows)]
-                torch.matmul(rows.mT, cols, out=part)
-                done += len(rows)
-            return out
-        # A CPU's convolutions are as fast for one example as for many, and need no patches.
+        few = self._disjoint or outcome.shape[2:].numel() < FEW_POSITIONS
+        if image.device.type != "cpu" or self._pointwise or (self.groups == 1 and few):
+            return self._by_products(value, image, outcome, batch_size, out)
+        if self.groups > 1 and not self.transposed and image.shape[0] == batch_size:
+            return self._by_groups(value, image, outcome, out)
+        return self._one_by_one(value, image, outcome, batch_size, out)
+
+    def _by_products(
+        self, value, image: Tensor, outcome: Tensor, batch_size: int, out: Tensor | None
+    ) -> Tensor:
+        """A matrix product of outputs and patches for each example."""
+        if out is None:
+            out = image.new_empty(batch_size, *value)
+        each = out.view(batch_size, self.groups, value[0] // self.groups, value[1:].numel())
+        done = 0
+        for rows, cols in self._factor_chunks(image, outcome, batch_size):
+            torch.matmul(rows.mT, cols, out=each[done : done + len(rows)])
+            done += len(rows)
+        return out
+
+    def _one_by_one(
+        self, value, image: Tensor, outcome: Tensor, batch_size: int, out: Tensor | None
+    ) -> Tensor:
+        """A CPU's convolutions are as fast for one example as for many, and need no patches."""
         out = image.new_empty(batch_size, *value) if out is None else out
         for b, (one_image, one_out, _) in enumerate(self._chunks(image, outcome, batch_size, CHUNK_BYTES)):
             out[b] = self._weight_gradient(value, one_image, one_out)
         return out
+
+    def _by_groups(self, value, image: Tensor, outcome: Tensor, out: Tensor | None) -> Tensor:
+        """Channels of different examples need not meet, as those of different groups do not."""
+        batch_size, channels = image.shape[:2]
+        depthwise = self.groups == channels == value[0] and len(self.kernel) == 2
+        if depthwise and max(self.kernel) > 3:  # a CPU has a good kernel for small windows only
+            plain = self.stride == self.dilation == (1, 1)
+            if plain and outcome.shape[3] <= BAND:
+                return self._by_bands(value, image, outcome)
+            image, outcome = (t.contiguous(memory_format=torch.channels_last) for t in (image, outcome))
+        if not (image.is_contiguous() and outcome.is_contiguous()):
+            return self._one_by_one(value, image, outcome, batch_size, out)
+        together = dataclasses.replace(self, groups=batch_size * self.groups)
+        image, outcome = (t.flatten(0, 1).unsqueeze(0) for t in (image, outcome))
+        gradients = together._weight_gradient(torch.Size((batch_size * value[0], *value[1:])), image, outcome)
+        return gradients.view(batch_size, *value)
+
+    def _by_bands(self, value: torch.Size, image: Tensor, outcome: Tensor) -> Tensor:
+        """Depthwise, from products of whole rows: ``sum_h g[h, w] x[h + i, v]`` is a matrix for each row i of
+        the kernel, of which the diagonals ``v = w + j`` are added up. More products than are needed, but
+        at the rate of matrix products."""
+        height, width = outcome.shape[2:]
+        pad = [p for size in reversed(self.padding) for p in (size, size)]
+        rows = F.pad(image, pad).flatten(0, 1)  # [B C, H + 2p, W + 2p]
+        columns = outcome.flatten(0, 1).mT  # [B C, W, H]
+        whole = rows.new_empty(len(rows), width, rows.shape[2])
+        step, line, _ = whole.stride()
+        diagonals = whole.as_strided((len(rows), width, self.kernel[1]), (step, line + 1, 1))
+        found = rows.new_empty(self.kernel[0], len(rows), self.kernel[1])
+        for i in range(self.kernel[0]):
+            torch.bmm(columns, rows[:, i : i + height], out=whole)
+            torch.sum(diagonals, 1, out=found[i])
+        return found.transpose(0, 1).reshape(len(image), *value)
 
     def contract(self, value, a, g, weights, layout, batch_size, into=None):
         if self._pointwise and a.device.type == "cpu" and self.groups == 1 and weights is not None:
