@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from dptrain.core import methods
 from dptrain.core.methods import Method
@@ -59,7 +59,8 @@ def clipped_grad(
         allow_unused: accept trainable parameters that take no part in the losses; their gradient
             is zero and they still receive noise.
         memory_budget: of ``auto``: bytes that per-example gradients and recorded operands may hold until
-            the clip factors are known; where nothing fits, a second backward pass replaces them.
+            the clip factors are known. Other routes are taken or fewer examples at a time, whichever costs
+            less; where nothing fits, a second backward pass replaces them.
         routes: of ``auto``: ``{pattern of parameter names: route}``, the first that matches, in place of
             what is fastest: "materialise+reuse", "materialise+contract" or "gram+contract".
         compile: make one graph of the whole step and compile it with Inductor, once per input
@@ -202,6 +203,8 @@ class ClippedGrad:
         probed_again = False
         while True:
             plan = self.plan(batch, mask)
+            if plan.parts > 1:
+                return self._in_parts(plan.part_size, batch, mask, batch_size, into)
 
             def eager(to: ClippedSum | None, plan: Plan = plan) -> ClippedSum:
                 return clip_batch(self, plan, parameters, safe(), mask, batch_size, to, self._workspace)
@@ -221,6 +224,29 @@ class ClippedGrad:
                     raise
                 probed_again = True
                 self.plans.pop(key, None)
+
+    def _in_parts(
+        self, size: int, batch: Any, mask: Tensor | None, batch_size: int, into: ClippedSum | None
+    ) -> ClippedSum:
+        """A few examples at a time, for want of memory; the last part is padded with masked rows."""
+        device = next(t.device for t in tree_leaves(batch) if isinstance(t, Tensor))
+        mask = torch.ones(batch_size, dtype=torch.bool, device=device) if mask is None else mask
+        before = 0 if into is None else len(into.norms)
+        total = into
+        try:
+            for start in range(0, batch_size, size):
+                rows = torch.arange(start, start + size, device=device)
+                real = rows < batch_size
+                rows = torch.where(real, rows, torch.zeros_like(rows))
+                part = tree_map(lambda t: t[rows.to(t.device)] if isinstance(t, Tensor) else t, batch)  # noqa: B023
+                total = self(part, mask[rows] & real, into=total)
+        except BaseException:
+            if total is not None:
+                total.spoil()
+            raise
+        assert total is not None
+        end = before + batch_size
+        return ClippedSum(total.grads, total.norms[:end], total.losses[:end], total.clip_norm)
 
     def plan(self, batch: Any, mask: Tensor | None = None) -> Plan:
         """The plan for batches like this one; probes the model the first time.

@@ -98,14 +98,42 @@ def _operands(facts: list[UseFacts], batch_size: int) -> int:
     return held * route_cost.ITEMSIZE
 
 
-def choose(menu: list[list[Offer]], budget: int | None) -> list[Route] | None:
+@dataclass(frozen=True)
+class Choice:
+    """Routes, and in how many parts a batch is taken, one after the other."""
+
+    routes: list[Route]
+    parts: int = 1
+
+
+def choose(
+    menu: list[list[Offer]], budget: int | None, batch_size: int = 1, part_s: float = math.inf
+) -> Choice | None:
     """A route from each list so that what is held fits into ``budget`` bytes; None if nothing does.
 
-    From the fastest of each, the exchange that gives most memory back for its time is made until it
-    fits: the greedy solution of a knapsack problem.
+    Either other routes are taken, or fewer examples at a time, whichever takes less.
+
+    Args:
+        part_s: what each part takes besides its examples, in seconds.
     """
+    fastest = [each[0] for each in menu]
+    held = sum(offer.bytes for offer in fastest)
+    if budget is None or held <= budget:
+        return Choice([offer.route for offer in fastest])
+    others = _exchanged(menu, budget)
+    parts = -(-held // budget) if budget else math.inf
+    if parts <= batch_size:
+        slower = math.inf if others is None else sum(o.seconds - f.seconds for o, f in zip(others, fastest))
+        if (parts - 1) * part_s < slower:
+            return Choice([offer.route for offer in fastest], int(parts))
+    return None if others is None else Choice([offer.route for offer in others])
+
+
+def _exchanged(menu: list[list[Offer]], budget: int) -> list[Offer] | None:
+    """From the fastest of each, the exchange that gives most memory back for its time is made until it
+    fits: the greedy solution of a knapsack problem."""
     taken = [each[0] for each in menu]
-    while budget is not None and sum(offer.bytes for offer in taken) > budget:
+    while sum(offer.bytes for offer in taken) > budget:
         exchanges = [
             ((other.seconds - now.seconds) / (now.bytes - other.bytes), i, other)
             for i, (now, each) in enumerate(zip(taken, menu))
@@ -116,4 +144,4 @@ def choose(menu: list[list[Offer]], budget: int | None) -> list[Route] | None:
             return None
         _, i, other = min(exchanges, key=lambda exchange: exchange[:2])
         taken[i] = other
-    return [offer.route for offer in taken]
+    return taken

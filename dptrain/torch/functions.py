@@ -14,6 +14,8 @@ from torch.autograd import Function
 from .uses.base import is_channels_last
 
 aten = torch.ops.aten
+#: of a group, that a kernel for channels last goes through slowly
+FEW_CHANNELS = 2
 
 
 class LinearFunction(Function):
@@ -117,8 +119,12 @@ class GroupNormFunction(Function):
         x, mean, rstd, weight = ctx.saved_tensors
         weight_use, bias_use = ctx.uses
         mask = [ctx.needs_input_grad[0], weight_use is not None, bias_use is not None]
-        if is_channels_last(x):
+        if is_channels_last(x) and x.shape[1] > FEW_CHANNELS * ctx.groups:
             gradient, scales, shifts = _each_image(g, x, mean, rstd, weight, ctx.groups, mask)
+        elif is_channels_last(x):
+            x = x.contiguous()
+            gradient, scales, shifts = _as_one_image(g, x, mean, rstd, weight, ctx.groups, mask)
+            gradient = None if gradient is None else gradient.contiguous(memory_format=torch.channels_last)
         else:
             gradient, scales, shifts = _as_one_image(g, x, mean, rstd, weight, ctx.groups, mask)
         if weight_use is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,9 @@ from .pullback import Group, Kind
 from .routes import CPU, DIRECT, GPU, Machine, Route, has_gram, is_direct
 from .stopwatch import Stopwatch
 from .trace import Findings, UseFacts
+
+#: what a step spends on a use whatever the number of examples
+PART_S_PER_USE = 3e-4
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class Plan:
     batch_size: int
     machine: Machine = CPU
     options: Options = Options()
+    #: in how many parts a batch is taken, one after the other, to stay within the memory budget
+    parts: int = 1
 
     @property
     def results(self) -> frozenset[int]:
@@ -78,7 +84,15 @@ class Plan:
 
     def describe(self) -> str:
         """The plan as a table of text, repeated layers folded."""
-        return plan_table.describe(self.rows())
+        table = plan_table.describe(self.rows())
+        if self.parts == 1:
+            return table
+        return f"in {self.parts} parts of {self.part_size} examples, which are planned anew\n{table}"
+
+    @property
+    def part_size(self) -> int:
+        """Examples of a part."""
+        return -(-self.batch_size // self.parts)
 
 
 def make_plan(
@@ -101,10 +115,10 @@ def make_plan(
     machine, options = GPU if device.type == "cuda" else CPU, options or Options()
     seen = [_reached(group, findings) for group in findings.groups]
     if method.capture is Capture.PLANNED:
-        routes = _planned(findings, seen, batch_size, machine, options, stopwatch)
+        choice = _planned(findings, seen, batch_size, machine, options, stopwatch)
     else:
-        routes = [_prescribed(group, facts, method) for group, facts in zip(findings.groups, seen)]
-    return Plan(method, findings, tuple(routes), batch_size, machine, options)
+        choice = fastest.Choice([_prescribed(g, facts, method) for g, facts in zip(findings.groups, seen)])
+    return Plan(method, findings, tuple(choice.routes), batch_size, machine, options, choice.parts)
 
 
 def _reached(group: Group, findings: Findings) -> list[UseFacts]:
@@ -119,19 +133,23 @@ def _planned(
     machine: Machine,
     options: Options,
     stopwatch: Stopwatch | None,
-) -> list[Route]:
+) -> fastest.Choice:
     menu = [
         _wanted(group, fastest.offers(group, facts, batch_size, machine, stopwatch), options)
         for group, facts in zip(findings.groups, seen)
     ]
     if stopwatch is not None:
         stopwatch.remember()
-    routes = fastest.choose(menu, options.memory_budget)
-    if routes is not None:
-        return routes
+    values = {(fact.leaves, fact.value): math.prod(fact.value) for fact in findings.uses}
+    part_s = PART_S_PER_USE * len(findings.uses) + (
+        route_cost.PASSES_OVER_SUMS * route_cost.ITEMSIZE * sum(values.values()) / machine.bytes_per_s
+    )
+    choice = fastest.choose(menu, options.memory_budget, batch_size, part_s)
+    if choice is not None:
+        return choice
     # Nothing fits: hold no operands and keep no gradients, for the price of another backward pass.
     ghost = methods.resolve("mixed-ghost")
-    return [_prescribed(group, facts, ghost) for group, facts in zip(findings.groups, seen)]
+    return fastest.Choice([_prescribed(g, facts, ghost) for g, facts in zip(findings.groups, seen)])
 
 
 def _wanted(group: Group, offers: list[fastest.Offer], options: Options) -> list[fastest.Offer]:

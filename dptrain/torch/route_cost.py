@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 ITEMSIZE = 4
 #: a per-example gradient is written, read for its norm and read for the sum
 PASSES_OVER_GRADIENTS = 3
+#: a sum is formed, and read and written where it is added to
+PASSES_OVER_SUMS = 4
 #: both Gram matrices are written and read for their product
 PASSES_OVER_GRAMS = 4
 

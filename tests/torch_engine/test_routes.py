@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dptrain.torch as dpt
-from dptrain.torch import standardised, stopwatch
+from dptrain.torch import planner, standardised, stopwatch
 from dptrain.torch.fastest import Offer, choose
 from dptrain.torch.layout import Layout
 from dptrain.torch.routes import Route
@@ -119,15 +119,42 @@ def test_a_memory_budget_is_kept_or_a_second_pass_taken():
         [Offer(Route("materialise", "reuse"), 1.0, 100), Offer(Route("gram", "contract"), 2.0, 10)],
         [Offer(Route("materialise", "reuse"), 1.0, 50), Offer(Route("gram", "contract"), 5.0, 10)],
     ]
-    assert [r.norm for r in choose(menu, None)] == ["materialise", "materialise"]
-    assert [r.norm for r in choose(menu, 70)] == ["gram", "materialise"]
-    assert [r.norm for r in choose(menu, 20)] == ["gram", "gram"]
+    norms = lambda *args: [route.norm for route in choose(menu, *args).routes]  # noqa: E731
+    assert norms(None) == ["materialise", "materialise"]
+    assert norms(70) == ["gram", "materialise"]
+    assert norms(20) == ["gram", "gram"]
     assert choose(menu, 19) is None
+    assert choose(menu, 70, 8, 0.1).parts == 3 and norms(70, 8, 0.1) == norms(None)
+    assert choose(menu, 70, 8, 0.6).parts == 1 and norms(70, 8, 0.6) == norms(70)
+    assert choose(menu, 19, 8, 100.0).parts == 8
+    assert choose(menu, 18, 8, 0.1) is None
     model, data = network(), batch()
     clipped = dpt.clipped_grad(model, loss_fn, clip_norm=0.3, memory_budget=0)
     assert clipped.plan(data).second_backward
     expected, _ = oracle.clipped_sum(model, loss_fn, data, 0.3)
     assert oracle.relative_error(clipped(data).grads, expected) < 1e-9
+
+
+@pytest.mark.parametrize("mask", [None, [True, False, True, True, True, False, True]])
+def test_examples_are_taken_in_parts_where_memory_is_short(mask, monkeypatch):
+    monkeypatch.setattr(planner, "PART_S_PER_USE", 0.0)
+    model, data = network(), batch(7)
+    mask = None if mask is None else torch.tensor(mask)
+    whole = dpt.clipped_grad(model, loss_fn, clip_norm=0.3)
+    held = sum(g.numel() for g in whole(data).grads.values()) * 7 * 4
+    clipped = dpt.clipped_grad(model, loss_fn, clip_norm=0.3, memory_budget=held // 3)
+    plan = clipped.plan(data, mask)
+    assert plan.parts > 1 and str(plan.parts) in plan.describe()
+    want = whole(data, mask)
+    for into in (None, whole(batch(2))):
+        start = 0 if into is None else 2
+        before = {name: 0 if into is None else into.grads[name].clone() for name in want.grads}
+        out = clipped(data, mask, into=into)
+        assert torch.allclose(out.norms[start:], want.norms) and torch.allclose(
+            out.losses[start:], want.losses
+        )
+        for name, g in want.grads.items():
+            assert torch.allclose(out.grads[name] - before[name], g, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("options", [{"memory_budget": -1}, {"routes": {"*": "fast"}}])
@@ -238,3 +265,62 @@ def test_a_sum_is_never_pulled_back_through_a_narrower_type():
     out = dpt.clipped_grad(model, loss_fn, clip_norm=1e-2)(data)
     expected, _ = oracle.clipped_sum(model, loss_fn, data, 1e-2)
     assert oracle.relative_error(out.grads, expected) < 1e-5
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+def test_channels_last_is_as_exact(groups):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.GroupNorm(groups, 8), nn.Conv2d(8, 8, 5, groups=8), nn.ReLU()]
+    head = [StandardisedConv(8, 8, 2), nn.Flatten(), nn.Linear(8, 5)]
+    model = nn.Sequential(*layers, *head).double().to(memory_format=torch.channels_last)
+    data = batch()
+    data["x"] = data["x"].contiguous(memory_format=torch.channels_last)
+    expected, norms = oracle.clipped_sum(model, loss_fn, data, 0.3)
+    for method in ("auto", "bk-ghost", "per-example"):
+        clipped = dpt.clipped_grad(model, loss_fn, clip_norm=0.3, method=method)
+        kinds = {row["parameter"]: row["pull-back"] for row in clipped.plan(data).rows()}
+        assert kinds["4.weight"] == "standardised"
+        out = clipped(data)
+        assert oracle.relative_error(out.grads, expected) < 1e-9
+        assert torch.allclose(out.norms, norms, rtol=1e-9)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(
+    "channels, out, groups, kernel, stride, padding, dilation, side",
+    [
+        (6, 6, 6, (7, 5), (1, 1), (3, 2), (1, 1), (9, 11)),  # bands
+        (6, 6, 6, (5, 5), (1, 1), (0, 1), (1, 1), (12, 20)),  # too wide for them
+        (6, 6, 6, (5, 5), (2, 2), (2, 2), (1, 1), (12, 20)),
+        (6, 6, 6, (5, 5), (1, 1), (2, 2), (2, 2), (12, 12)),
+        (6, 12, 6, (5, 5), (1, 1), (2, 2), (1, 1), (9, 9)),
+        (6, 12, 3, (3, 2), (2, 1), (1, 0), (1, 1), (9, 9)),  # groups
+        (6, 4, 1, (2, 2), (2, 2), (1, 1), (1, 1), (9, 9)),  # disjoint patches
+        (6, 4, 1, (3, 3), (1, 1), (1, 1), (1, 1), (4, 4)),  # few positions
+        (6, 4, 1, (3, 3), (1, 1), (1, 1), (1, 1), (19, 14)),
+    ],
+)
+def test_convolutions_by_every_way(channels, out, groups, kernel, stride, padding, dilation, side, last):
+    image = torch.randn(3, channels, *side, dtype=torch.float64)
+    weight = torch.randn(out, channels // groups, *kernel, dtype=torch.float64, requires_grad=True)
+    geometry = (stride, padding, dilation, groups)
+    result = F.conv2d(image, weight, None, *geometry)
+    g = torch.randn_like(result)
+    expected = torch.stack(
+        [
+            torch.autograd.grad(F.conv2d(image[b : b + 1], weight, None, *geometry), weight, g[b : b + 1])[0]
+            for b in range(3)
+        ]
+    )
+    if last:
+        image, g = (t.contiguous(memory_format=torch.channels_last) for t in (image, g))
+    rule = Convolution(kernel, stride, padding, dilation, False, groups)
+    found = rule.example_gradients(weight.shape, image, g, Layout(), 3)
+    assert torch.allclose(found, expected)
+    squared, _ = rule.squared_norms(image, g, Layout(), 3)
+    assert torch.allclose(squared, expected.square().flatten(1).sum(1))
+    scratch = torch.empty_like(found)
+    assert torch.equal(rule.example_gradients(weight.shape, image, g, Layout(), 3, scratch), found)
+    weights = torch.tensor([0.5, 0.0, 2.0], dtype=torch.float64)
+    total = rule.contract(weight.shape, image, g, weights, Layout(), 3)
+    assert torch.allclose(total, torch.einsum("b,b...->...", weights, expected))
