@@ -97,7 +97,8 @@ def show(record: dict[str, Any]) -> None:
             error = verdict.get("error_of_sum")
             exact = verdict["verdict"] + (f" {error:.0e}" if error is not None else "")
             exact += f" ({verdict['sentence']})" if verdict.get("sentence") else ""
-            exact += f", as timed {timed['relative_error']:.0e}" if timed else ""
+            if timed:
+                exact += f", as timed {timed['relative_error']:.0e} (autograd {timed['rounding']:.0e})"
         if "recompilations" in r:
             exact += f", {r['recompilations']} recompilations in {case['poisson_steps']} Poisson steps"
         print(
