@@ -97,12 +97,13 @@ def speed(found: dict[str, Record], device: str = "cpu") -> Rows:
         if mine is None:
             continue
         low, high = mine[1]["quartiles_of_paired_ratios"]
+        options = "".join(f", {option}" for option in mine[0].split("+")[1:])
         error = mine[1].get("float64", {}).get("error_of_sum")
         base = record["contestants"][record["baseline"]]
         cells = [
             title(record),
             f"{physical_ms(base):,.0f} ms, {record['baseline'].removeprefix('non-private ')}",
-            f"**{mine[1]['ratio_to_non_private']:.2f}** ({low:.2f} to {high:.2f})",
+            f"**{mine[1]['ratio_to_non_private']:.2f}** ({low:.2f} to {high:.2f}{options})",
             *(ratio(each) for each in (bookkeeping(record), best(record, "opacus", "opacus-ghost"))),
             ratio(best(record, "fastdp")),
             "–" if error is None else f"{error:.0e}",

@@ -232,7 +232,7 @@ class ClippedGrad:
         device = next(t.device for t in tree_leaves(batch) if isinstance(t, Tensor))
         mask = torch.ones(batch_size, dtype=torch.bool, device=device) if mask is None else mask
         before = 0 if into is None else len(into.norms)
-        total = into
+        total, start = into, 0
         try:
             for start in range(0, batch_size, size):
                 rows = torch.arange(start, start + size, device=device)
@@ -241,7 +241,7 @@ class ClippedGrad:
                 part = tree_map(lambda t: t[rows.to(t.device)] if isinstance(t, Tensor) else t, batch)  # noqa: B023
                 total = self(part, mask[rows] & real, into=total)
         except BaseException:
-            if total is not None:
+            if start and total is not None:  # some parts are in it
                 total.spoil()
             raise
         assert total is not None

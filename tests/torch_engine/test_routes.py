@@ -7,6 +7,7 @@ from torch import nn
 
 import dptrain.torch as dpt
 from dptrain.torch import planner, standardised, stopwatch
+from dptrain.torch.batch import clip_batch
 from dptrain.torch.fastest import Offer, choose
 from dptrain.torch.layout import Layout
 from dptrain.torch.routes import Route
@@ -155,6 +156,24 @@ def test_examples_are_taken_in_parts_where_memory_is_short(mask, monkeypatch):
         )
         for name, g in want.grads.items():
             assert torch.allclose(out.grads[name] - before[name], g, rtol=1e-9, atol=1e-12)
+
+
+def test_a_sum_of_some_parts_is_of_no_use(monkeypatch):
+    model, data = network(), batch(6)
+    clipped = dpt.clipped_grad(model, loss_fn, clip_norm=0.3)
+    total = clipped(batch(3))
+    calls = []
+
+    def fail_later(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > 1:
+            raise MemoryError
+        return clip_batch(*args, **kwargs)
+
+    monkeypatch.setattr("dptrain.torch.clipping.clip_batch", fail_later)
+    with pytest.raises(MemoryError):
+        clipped._in_parts(3, data, None, 6, total)
+    assert not total.grads
 
 
 @pytest.mark.parametrize("options", [{"memory_budget": -1}, {"routes": {"*": "fast"}}])
