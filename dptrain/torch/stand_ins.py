@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .uses.base import is_channels_last
+
 
 @contextlib.contextmanager
 def isolated_randomness(batch: Any) -> Iterator[None]:
@@ -146,7 +148,8 @@ class StandIns:
             mixed = mixed + noise * (0.1 + mixed.std() if mixed.numel() > 1 else 0.1)
         if self.all_alike:  # nothing else would tell the rows apart
             return mixed.clamp(low, high)
-        return torch.where(whole, x, mixed.clamp(low, high))
+        mixed = torch.where(whole, x, mixed.clamp(low, high))
+        return mixed.contiguous(memory_format=torch.channels_last) if is_channels_last(x) else mixed
 
     def _shuffled(self, t: Tensor, x: Tensor, generator: torch.Generator) -> Tensor:
         """Values of this leaf in another order; masks of zeros and ones stay as they are."""

@@ -304,6 +304,34 @@ def test_channels_last_is_as_exact(groups):
         assert torch.allclose(out.norms, norms, rtol=1e-9)
 
 
+@pytest.mark.parametrize("groups", [6, 3, 1])
+def test_group_norm_keeps_channels_last(groups):
+    """Float64 convolutions do not, so that it is asked by itself."""
+    seen = []
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.randn(6, 1, 1))
+            self.norm = nn.GroupNorm(groups, 6)
+            self.norm.weight.data.normal_()
+
+        def forward(self, x):
+            y = self.norm(self.scale * x)
+            seen.append(y.is_contiguous(memory_format=torch.channels_last))
+            return y.tanh().mean((2, 3))[:, :5]
+
+    torch.manual_seed(0)
+    model, x = Net().double(), torch.randn(4, 6, 3, 5, dtype=torch.float64)
+    data = {"x": x.contiguous(memory_format=torch.channels_last), "y": torch.arange(4)}
+    expected, norms = oracle.clipped_sum(model, loss_fn, data, 0.1)
+    seen.clear()
+    out = dpt.clipped_grad(model, loss_fn, clip_norm=0.1)(data)
+    assert seen[0] and seen[-1]  # stand-ins too
+    assert oracle.relative_error(out.grads, expected) < 1e-9
+    assert torch.allclose(out.norms, norms, rtol=1e-9)
+
+
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize(
     "channels, out, groups, kernel, stride, padding, dilation, side",

@@ -14,6 +14,7 @@ from dptrain.core import methods
 from dptrain.core.entropy import Key
 from dptrain.core.mechanism import Mechanism
 from dptrain.torch.uses import gram
+from dptrain.torch.uses.base import squared_norm
 
 PRIVATE = [row.name for row in methods.TABLE if row.is_private]
 
@@ -363,3 +364,15 @@ def test_float32_is_float32_in_norms_and_sums(method, monkeypatch):
     finally:
         torch.set_float32_matmul_precision(before)
     assert found and set(found) == {"ieee"}
+
+
+@pytest.mark.parametrize("size", [1, 1000, 1024, 1030, 5000, 8192])
+def test_norms_in_float32_leave_nothing_out(size):
+    """Rule 7: they are joined from blocks, and the last one may be short."""
+    gradients = torch.zeros(3, size)
+    gradients[0] = torch.randn(size)
+    gradients[1, -1] = 3.0
+    gradients[2, 0] = 4.0
+    true = gradients.double().square().sum(1)
+    assert torch.allclose(squared_norm(gradients).double(), true, rtol=1e-5)
+    assert torch.allclose(squared_norm(gradients.unsqueeze(1)).double(), true, rtol=1e-5)
