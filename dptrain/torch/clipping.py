@@ -138,24 +138,16 @@ class ClippedGrad:
         if self.method.capture in (methods.Capture.USES, methods.Capture.PLANNED):
             return self._clip(parameters, batch, safe, mask, batch_size, into)
         key = signature(self.model, parameters, batch)
-        return self._compiled(
-            key, None, parameters, batch, mask, into, lambda to: self._baseline(parameters, safe(), mask, to)
-        )
+        eager = lambda to: self._baseline(parameters, safe(), mask, to)  # noqa: E731
+        return self._compiled(into, eager, key, None, parameters, batch, mask)
 
     def _compiled(
-        self,
-        key: Any,
-        plan: Plan | None,
-        parameters: dict[str, Tensor],
-        batch: Any,
-        mask: Tensor | None,
-        into: ClippedSum | None,
-        eager: Callable[[ClippedSum | None], ClippedSum],
+        self, into: ClippedSum | None, eager: Callable[[ClippedSum | None], ClippedSum], *step: Any
     ) -> ClippedSum:
-        """By the graph for this signature, where there is one to be had."""
+        """By the graph for a step (the first arguments of ``Compiler.clip``), if there is one to be had."""
         if self.compiler is None:
             return eager(into)
-        return self.compiler.clip(key, plan, parameters, batch, mask, self.clip_norm, into, eager)
+        return self.compiler.clip(*step, self.clip_norm, into, eager)
 
     def _baseline(self, parameters: dict[str, Tensor], batch: Any, mask, into) -> ClippedSum:
         """By a method that captures nothing."""
@@ -210,7 +202,7 @@ class ClippedGrad:
                 return clip_batch(self, plan, parameters, safe(), mask, batch_size, to, self._workspace)
 
             try:
-                return self._compiled(key, plan, parameters, batch, mask, into, eager)
+                return self._compiled(into, eager, key, plan, parameters, batch, mask)
             except Misfit as misfit:  # the data decide what this use sees, and by chance it did not show
                 self.plans[key] = plan.rerouted(misfit.pattern)
             except Changed as refusal:  # experts or heads to which no stand-in was sent: look again

@@ -121,11 +121,12 @@ def choose(
     if budget is None or held <= budget:
         return Choice([offer.route for offer in fastest])
     others = _exchanged(menu, budget)
-    parts = -(-held // budget) if budget else math.inf
-    if parts <= batch_size:
+    fit = batch_size * budget // held  # examples
+    if fit:
+        parts = -(-batch_size // fit)
         slower = math.inf if others is None else sum(o.seconds - f.seconds for o, f in zip(others, fastest))
         if (parts - 1) * part_s < slower:
-            return Choice([offer.route for offer in fastest], int(parts))
+            return Choice([offer.route for offer in fastest], parts)
     return None if others is None else Choice([offer.route for offer in others])
 
 

@@ -129,6 +129,7 @@ def test_a_memory_budget_is_kept_or_a_second_pass_taken():
     assert choose(menu, 70, 8, 0.6).parts == 1 and norms(70, 8, 0.6) == norms(70)
     assert choose(menu, 19, 8, 100.0).parts == 8
     assert choose(menu, 18, 8, 0.1) is None
+    assert choose(menu, 50, 7, 0.1).parts == 4  # not 3 of 3 examples, which would hold 64
     model, data = network(), batch()
     clipped = dpt.clipped_grad(model, loss_fn, clip_norm=0.3, memory_budget=0)
     assert clipped.plan(data).second_backward
