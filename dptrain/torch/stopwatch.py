@@ -6,19 +6,15 @@ operations and bytes alone do not decide it. Only shapes are timed, on random nu
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dptrain import __version__
+from dptrain.core.remembered import Remembered, processor, remembered
 
 from .device_memory import ran_out_of_memory, total_memory
 from .full_precision import full_precision
@@ -43,13 +39,12 @@ REPEATS = 5
 class Stopwatch:
     """Seconds by use and part of a route; one for a device and a type."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, remembered: Path | None = None):
+    def __init__(self, device: torch.device, dtype: torch.dtype, remembered: Remembered | None = None):
         self.device, self.dtype = device, dtype
-        self._path = remembered
+        self._remembered = remembered or Remembered(None)
         #: its own, so that the user's random numbers stay the same whether or not something is measured
         self._numbers = torch.Generator(device).manual_seed(0)
-        self._known: dict[str, float] = _read(remembered)
-        self._fresh = False
+        self._known = self._remembered.known
 
     def seconds(self, fact: UseFacts, part: str, batch_size: int, standardised: bool) -> float | None:
         """What a part of a use's work takes; None for what cannot be timed by itself.
@@ -77,19 +72,11 @@ class Stopwatch:
                 if not ran_out_of_memory(error):
                     raise
                 return float("inf")  # too large for this route now: not chosen, and not remembered
-            self._fresh = True
         return self._known[name]
 
     def remember(self) -> None:
         """Write what is new to the file, for the next run on this device."""
-        if self._path is None or not self._fresh:
-            return
-        with contextlib.suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            scratch = self._path.with_suffix(f".{os.getpid()}")
-            scratch.write_text(json.dumps(_read(self._path) | self._known, indent=0, sort_keys=True))
-            scratch.replace(self._path)
-        self._fresh = False
+        self._remembered.save()
 
     def _name(self, fact: UseFacts, part: str, batch_size: int, standardised: bool) -> str:
         what: list[Any] = [
@@ -155,36 +142,11 @@ class Stopwatch:
 
 
 def stopwatch(device: torch.device, dtype: torch.dtype) -> Stopwatch:
-    """The one for this device, which remembers what earlier runs measured.
-
-    The file lies in ``$XDG_CACHE_HOME/dptrain`` (``~/.cache``); ``DPTRAIN_CACHE`` names another folder,
-    or nothing to remember nothing.
-    """
-    folder = os.environ.get("DPTRAIN_CACHE")
-    if folder == "":
-        return Stopwatch(device, dtype)
-    root = (
-        Path(folder)
-        if folder
-        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dptrain"
-    )
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    machine = (
-        f"{__version__} {name} {torch.__version__} {torch.get_num_threads() if device.type == 'cpu' else ''}"
-    )
-    return Stopwatch(device, dtype, root / f"routes-{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json")
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.partition(':')[2].strip()} {torch.backends.cpu.get_cpu_capability()}"
-    return torch.backends.cpu.get_cpu_capability()
-
-
-def _read(path: Path | None) -> dict[str, float]:
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        known = json.loads(path.read_text())
-        return {k: float(v) for k, v in known.items()}
-    return {}
+    """The one for this device, which remembers what earlier runs measured (``core/remembered.py``)."""
+    if device.type == "cuda":
+        name, threads = torch.cuda.get_device_name(device), ""
+    else:
+        name = f"{processor()} {torch.backends.cpu.get_cpu_capability()}"
+        threads = str(torch.get_num_threads())
+    machine = f"{__version__} {name} {torch.__version__} {threads}"
+    return Stopwatch(device, dtype, remembered("routes", machine))

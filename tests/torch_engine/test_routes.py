@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dptrain.torch as dpt
+from dptrain.core.remembered import Remembered
 from dptrain.torch import planner, standardised, stopwatch
 from dptrain.torch.batch import clip_batch
 from dptrain.torch.fastest import Offer, choose
@@ -257,7 +258,10 @@ def test_a_measurement_leaves_no_trace():
 
 
 def test_what_failed_for_want_of_memory_is_tried_again(monkeypatch, tmp_path):
-    watch, fact = Stopwatch(torch.device("cpu"), torch.float32, tmp_path / "routes.json"), large_use()
+    watch, fact = (
+        Stopwatch(torch.device("cpu"), torch.float32, Remembered(tmp_path / "routes.json")),
+        large_use(),
+    )
 
     def fail(*_):
         raise MemoryError
@@ -267,7 +271,7 @@ def test_what_failed_for_want_of_memory_is_tried_again(monkeypatch, tmp_path):
         assert watch.seconds(fact, "gram", 1000, False) == float("inf")
     assert watch.seconds(fact, "gram", 1000, False) < float("inf")
     watch.remember()
-    again = Stopwatch(torch.device("cpu"), torch.float32, tmp_path / "routes.json")
+    again = Stopwatch(torch.device("cpu"), torch.float32, Remembered(tmp_path / "routes.json"))
     monkeypatch.setattr(Stopwatch, "_measure", fail)
     assert again.seconds(fact, "gram", 1000, False) < float("inf")
 

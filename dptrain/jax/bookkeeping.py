@@ -1,0 +1,162 @@
+"""From what was captured to norms, and from clip factors to the clipped sum."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from . import gram
+from .capture import Capture, Captured, Use
+from .factors import sum_of_squares, weighted_sum
+from .program import Value
+from .pullback import Group, Pull
+from .uses import Table, accumulated
+
+
+class Route(StrEnum):
+    """How a group of values is normed and summed."""
+
+    GRAM = "gram+contract"
+    KEEP = "materialise+reuse"
+    DROP = "materialise+contract"
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A group, the uses of its values, and the route that it takes."""
+
+    group: Group
+    uses: tuple[Use, ...]
+    direct: tuple[Value, ...]
+    route: Route
+
+    @property
+    def single(self) -> Use | None:
+        """The one use that is all there is: its gradient has the parameter's norm."""
+        return self.uses[0] if self.group.alone and len(self.uses) == 1 and not self.direct else None
+
+
+def parts(capture: Capture, groups: Sequence[Group]) -> list[Part]:
+    """All groups with their uses, on the route that fits every one of them."""
+    out = []
+    for group in groups:
+        uses = tuple(use for use in capture.uses if use.value in group.values)
+        direct = tuple(v for v in group.values if v in capture.direct)
+        out.append(Part(group, uses, direct, Route.KEEP if not uses else Route.DROP))
+    return out
+
+
+class Bookkeeping:
+    """One physical batch: what was captured, and the norms and sums of its parts."""
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        captured: Captured,
+        parameters: Sequence[Array],
+        constants: Mapping[Value, Array],
+    ):
+        self.parts, self.captured = parts, captured
+        self.pulls = [part.group.pull(parameters, constants) for part in parts]
+        self.kept: dict[int, list[Array]] = {}
+
+    def squared_norms(self) -> Array:
+        """Of each example's gradient over all parameters, ``[B]``, rounded up where rounding matters."""
+        total: Array | float = 0.0
+        for number, part in enumerate(self.parts):
+            total = total + self._squared(number, part)
+        return total  # type: ignore[return-value]
+
+    def _squared(self, number: int, part: Part) -> Array:
+        if part.route is Route.GRAM and part.single is not None:
+            return self._by_gram(part.single)
+        gradients = self._example_gradients(part)
+        if part.route is Route.KEEP:
+            self.kept[number] = gradients
+        return sum_of_squares(self._at_the_leaves(part, self.pulls[number], gradients), 1)
+
+    def _at_the_leaves(self, part: Part, pull: Pull, gradients: list[Array]) -> list[Array]:
+        return gradients if part.group.alone else jax.vmap(lambda *g: pull(g))(*gradients)
+
+    def _by_gram(self, use: Use) -> Array:
+        a, g = self._operands(use)  # [B, slices, turns, ...]
+        if isinstance(use.rule, Table):
+
+            def flat(a: Array, g: Array) -> Array:
+                return use.rule.squared_norm(a.reshape(-1, 1), g.reshape(-1, *use.rule.value.shape[1:]))
+
+            return jnp.sum(jax.vmap(jax.vmap(flat))(a, g), 1)
+        rows, cols = jax.vmap(jax.vmap(jax.vmap(use.rule.factors)))(a, g)  # [B, slices, turns, E, T, F]
+        rows, cols = (
+            x.swapaxes(2, 3).reshape(len(x), x.shape[1] * x.shape[3], x.shape[2] * x.shape[4], x.shape[5])
+            for x in (rows, cols)
+        )
+        squared, bound = gram.squared_norms(rows, cols)
+
+        def formed() -> Array:
+            one = lambda a, g: sum_of_squares([self._slices(use, a, g)])  # noqa: E731
+            return lax.map(lambda ag: one(*ag), (a, g))
+
+        # Written so that NaN is no doubt: such an example contributes nothing in any case.
+        doubtful = jnp.any(bound > gram.DOUBT * squared)
+        return lax.cond(doubtful, formed, lambda: squared + bound)
+
+    def _operands(self, use: Use) -> tuple[Array, Array]:
+        """``[B, slices, turns, ...]`` each."""
+        a, g = self.captured.operands[use.number], self.captured.gradients[use.number]
+        return use.stacking.ordered(a, 1), use.stacking.ordered(g, 1)
+
+    def _slices(self, use: Use, a: Array, g: Array) -> Array:
+        """The gradient of one example's value, ``[*value.shape]``, of ``[slices, turns, ...]``."""
+        if use.stacking.turns == 1:
+            out = jax.vmap(use.rule.example_gradient)(a[:, 0], g[:, 0])
+        else:
+            out = jax.vmap(use.rule.gradient)(a, g)
+        return out.reshape(use.value.aval.shape)
+
+    def _example_gradients(self, part: Part) -> list[Array]:
+        """Of each value of the group, ``[B, *shape]``."""
+        sums = {v: g.astype(accumulated(g.dtype)) for v, g in self._direct(part).items()}
+        for use in part.uses:
+            gradient = jax.vmap(lambda a, g, use=use: self._slices(use, a, g))(*self._operands(use))
+            sums[use.value] = sums[use.value] + gradient if use.value in sums else gradient
+        return [sums[v] for v in part.group.values]
+
+    def _direct(self, part: Part) -> dict[Value, Array]:
+        return {v: self.captured.direct[v] for v in part.direct}
+
+    # -- sums ----------------------------------------------------------------------------------------------
+
+    def sums(self, factors: Array) -> dict[int, Array]:
+        """The clipped sum of each leaf by its number.
+
+        Args:
+            factors: clip factors ``[B]``, 0 for whoever contributes nothing. All gradients are finite.
+        """
+        out: dict[int, Array] = {}
+        for number, (part, pull) in enumerate(zip(self.parts, self.pulls)):
+            if number in self.kept:
+                summed = [weighted_sum(factors, g) for g in self.kept[number]]
+            else:
+                summed = self._contracted(part, factors)
+            out.update(zip(part.group.leaves, pull(summed)))
+        return out
+
+    def _contracted(self, part: Part, factors: Array) -> list[Array]:
+        sums = {
+            v: weighted_sum(factors, g.astype(accumulated(g.dtype))) for v, g in self._direct(part).items()
+        }
+        for use in part.uses:
+            a, g = self._operands(use)
+            g = g.astype(accumulated(g.dtype))
+            g = g * factors.astype(g.dtype).reshape(-1, *[1] * (g.ndim - 1))
+            # [B, slices, turns, ...] -> [slices, B * turns, ...]
+            a, g = (x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:]) for x in (a, g))
+            gradient = jax.vmap(use.rule.gradient)(a, g).reshape(use.value.aval.shape)
+            sums[use.value] = sums[use.value] + gradient if use.value in sums else gradient
+        return [sums[v] for v in part.group.values]

@@ -1,0 +1,54 @@
+"""One physical batch by the uses of its parameters: capture, norms, clip factors, sums."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from .baselines import in_parts, unless_infinite
+from .bookkeeping import Bookkeeping
+from .call import Call
+from .capture import Capture
+from .factors import clip_factors
+from .planner import Plan
+from .program import run
+from .uses import accumulated
+
+
+class ByUses:
+    """A way to clip: ``(call, mask) -> (sums of the parameters, norms [B], losses [B], aux)``."""
+
+    def __init__(self, capture: Capture, plan: Plan, clip_norm: float):
+        self.capture, self.plan, self.clip_norm = capture, plan, clip_norm
+
+    def __call__(self, call: Call, mask: Array) -> tuple:
+        pure = self.capture.split.pure
+        inputs = dict(zip(pure.inputs, [*call.parameters, *call.others], strict=True))
+        values = run(pure, inputs.values())
+
+        def some(data: list, mask: Array) -> tuple:
+            return self._clip(replace(call, data=data), inputs, values, mask)
+
+        return in_parts(some, call.data, mask, self.plan.rows)
+
+    def _clip(self, call: Call, inputs: dict, values: list, mask: Array) -> tuple:
+        captured = self.capture(values, call.data)
+        books = Bookkeeping(self.plan.parts, captured, call.parameters, inputs)
+        squared = books.squared_norms()
+        factors = clip_factors(squared, mask, self.clip_norm)
+        if self.plan.second_backward:
+            # Behind a barrier, or the compiler would find that it has all this already.
+            again, factors = lax.optimization_barrier((call.data, factors))
+            books = Bookkeeping(self.plan.parts, self.capture(values, again), call.parameters, inputs)
+
+        def together() -> tuple:
+            sums = books.sums(factors)
+            whole = [
+                sums[i] if i in sums else jnp.zeros(jnp.shape(p), accumulated(p.dtype))
+                for i, p in enumerate(call.parameters)
+            ]
+            return whole, jnp.sqrt(squared), captured.losses, captured.aux
+
+        return unless_infinite(squared, together, call, mask, self.clip_norm)

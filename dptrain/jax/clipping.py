@@ -1,0 +1,279 @@
+"""``clipped_grad``: the sum of exactly clipped per-example gradients of any single-example loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from dptrain.core import methods
+from dptrain.core.methods import Method
+
+from . import baselines, stopwatch
+from .bookkeeping import parts
+from .by_uses import ByUses
+from .call import Call
+from .capture import Capture
+from .clipped_sum import ClippedSum
+from .errors import Refused
+from .planner import Plan, is_worth_measuring, parts_to_try, routed
+from .program import written_out
+from .pullback import groups
+from .split import Split, split
+
+
+def clipped_grad(
+    loss_fn: Callable,
+    *,
+    clip_norm: float,
+    method: str = "auto",
+    argnums: int = 0,
+    batch_argnums: int | Sequence[int] = 1,
+    has_aux: bool = False,
+    allow_unused: bool = False,
+    memory_budget: int | None = None,
+    rows: int | None = None,
+) -> ClippedGrad:
+    """A function from a physical batch to the sum of its clipped per-example gradients.
+
+    It is pure, can be traced by ``jax.jit`` and anything else, and is compiled once per shape when it
+    is not. One example's loss is all that it knows: batching, and what cannot mix, is its own doing.
+
+    Args:
+        loss_fn: ``loss_fn(params, example) -> scalar``, the loss of one example; with ``has_aux`` it returns
+            ``(scalar, aux)``. The model may be written in Flax, Haiku, Equinox or nothing.
+        clip_norm: C, the largest l2 norm of an example's gradient over all parameters (flat clipping, Abadi
+            et al. 2016, arXiv 1607.00133).
+        method: a name or alias of the table in ``dptrain.core.methods``.
+        argnums: the argument that holds the trainable parameters: floating-point arrays, in any tree.
+        batch_argnums: the arguments whose leaves have the examples on their leading axis. All others are
+            the same for every example, and get no gradient: frozen parameters, a temperature.
+        has_aux: whether the loss comes with something besides.
+        allow_unused: accept parameters that the loss does not depend on; their gradient is zero and they
+            still receive noise.
+        memory_budget: of ``auto``: bytes of scratch memory that a physical batch may take, by XLA's own
+            account. Of the ways that fit the fastest is taken, or the smallest if none fits.
+        rows: of ``auto``: examples computed at once, in place of what is fastest.
+
+    Raises:
+        ValueError: a clip norm below 1e-12 or not finite, an unknown method, or arguments that are both
+            parameters and data.
+    """
+    row = methods.resolve(method)
+    clip_norm = float(clip_norm)
+    if not 1e-12 <= clip_norm < float("inf"):  # below, squares of float32 vanish
+        raise ValueError(f"clip_norm must be at least 1e-12 and finite, and is {clip_norm}.")
+    batched = (batch_argnums,) if isinstance(batch_argnums, int) else tuple(batch_argnums)
+    if argnums in batched or min(argnums, *batched) < 0 or len(set(batched)) != len(batched):
+        raise ValueError(
+            "argnums is the one argument with parameters, batch_argnums are others with examples; both count "
+            "from 0."
+        )
+    for option, value in (("rows", rows), ("memory_budget", memory_budget)):
+        if value is not None and (row.capture is not methods.Capture.PLANNED or value < 1):
+            raise ValueError(f"{option} must be a positive number, for method='auto' and not {row.name!r}.")
+    return ClippedGrad(loss_fn, clip_norm, row, argnums, batched, has_aux, allow_unused, memory_budget, rows)
+
+
+class ClippedGrad:
+    """What ``clipped_grad`` returns: call it on batches; ``plan`` tells what it would do with one."""
+
+    def __init__(
+        self,
+        loss_fn: Callable,
+        clip_norm: float,
+        method: Method,
+        argnums: int,
+        batched: tuple[int, ...],
+        has_aux: bool,
+        allow_unused: bool,
+        memory_budget: int | None = None,
+        rows: int | None = None,
+    ):
+        self.loss_fn, self.clip_norm, self.method = loss_fn, clip_norm, method
+        self.argnums, self.batched, self.has_aux = argnums, batched, has_aux
+        self.allow_unused, self.memory_budget, self.rows = allow_unused, memory_budget, rows
+        self._compiled = jax.jit(self._clip)
+
+    def __call__(self, *args: Any, mask: Array | None = None) -> ClippedSum:
+        """The clipped sum of one physical batch.
+
+        Args:
+            args: those of the loss, with batches in place of examples.
+            mask: bool ``[B]``; masked rows have loss, norm and gradient 0, whatever they hold.
+
+        Raises:
+            ValueError: leaves of the batch with different numbers of examples, or parameters that are not
+                floating-point arrays.
+            Refused: parameters that the loss does not depend on.
+        """
+        size = self._batch_size(args)
+        mask = jnp.ones(size, bool) if mask is None else jnp.asarray(mask)
+        if mask.shape != (size,) or mask.dtype != bool:
+            raise ValueError(
+                f"the mask must be bool of shape ({size},), one for each example, and is {mask.dtype} of "
+                f"shape {mask.shape}."
+            )
+        return self._compiled(args, mask)
+
+    @property
+    def bound(self) -> float:
+        """C, or infinity for the method that does not clip."""
+        return self.clip_norm if self.method.is_private else math.inf
+
+    def plan(self, *args: Any) -> Plan:
+        """What would be done with these arguments, or with ``jax.ShapeDtypeStruct`` of their shapes."""
+        found: list[Plan] = []
+        jax.eval_shape(lambda args: found.append(self._planned(self._flat(args)[0])[0]), args)
+        return found[0]
+
+    def _batch_size(self, args: Sequence[Any]) -> int:
+        if max(self.argnums, *self.batched) >= len(args):
+            raise ValueError(
+                f"the loss was called with {len(args)} arguments, but argnums and batch_argnums name number "
+                f"{max(self.argnums, *self.batched)}, counted from 0."
+            )
+        leaves = [x for i in self.batched for x in jax.tree.leaves(args[i])]
+        sizes = {jnp.shape(x)[:1] for x in leaves}
+        if len(sizes) != 1 or () in sizes:
+            raise ValueError(
+                "every leaf of a batch needs its examples on the leading axis, and the same number of them; "
+                f"the shapes are {[jnp.shape(x) for x in leaves]}."
+            )
+        return sizes.pop()[0]
+
+    def _clip(self, args: tuple, mask: Array) -> ClippedSum:
+        call, tree, aux_tree = self._flat(args)
+        _, step = self._planned(call)
+        call.data[:] = _stand_ins(call.data, mask)
+        sums, norms, losses, aux = step(call, mask)
+        grads = jax.tree.unflatten(tree, sums)
+        aux = jax.tree.unflatten(aux_tree(), aux) if self.has_aux else None
+        return ClippedSum(grads, jnp.where(mask, norms, 0), jnp.where(mask, losses, 0), aux, self.bound)
+
+    def _flat(self, args: tuple) -> tuple[Call, Any, Callable]:
+        trees = [jax.tree.flatten(a) for a in args]
+        paths = jax.tree_util.tree_leaves_with_path(args[self.argnums])
+        names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
+        parameters = list(trees[self.argnums][0])
+        for name, p in zip(names, parameters):
+            if not jnp.issubdtype(jnp.result_type(p), jnp.floating):
+                raise ValueError(
+                    f"parameter {name} is of type {jnp.result_type(p)} and has no gradient: pass what is not "
+                    "trained as an argument of its own."
+                )
+        if not parameters:
+            raise ValueError("there are no parameters to train.")
+        widths = [len(leaves) for leaves, _ in trees]
+        aux_trees: list = []
+
+        def loss(parameters: Sequence, data: Sequence, others: Sequence) -> list:
+            sources = {True: iter(data), False: iter(others)}
+            rebuilt = []
+            for i, (_, tree) in enumerate(trees):
+                leaves = (
+                    list(parameters)
+                    if i == self.argnums
+                    else [next(sources[i in self.batched]) for _ in range(widths[i])]
+                )
+                rebuilt.append(jax.tree.unflatten(tree, leaves))
+            out = self.loss_fn(*rebuilt)
+            value, aux = out if self.has_aux else (out, None)
+            if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+                raise ValueError(
+                    "the loss of one example must be a floating-point scalar, and is "
+                    f"{jnp.result_type(value)} of shape {jnp.shape(value)}."
+                )
+            leaves, aux_tree = jax.tree.flatten(aux)
+            aux_trees[:] = [aux_tree]
+            return [value, *leaves]
+
+        # In the order of the arguments, as ``loss`` takes them.
+        data = [x for i in sorted(self.batched) for x in trees[i][0]]
+        fixed = [i for i in range(len(args)) if i != self.argnums and i not in self.batched]
+        others = [x for i in fixed for x in trees[i][0]]
+        call = Call(parameters, data, others, loss, names)
+        return call, trees[self.argnums][1], lambda: aux_trees[0]
+
+    def _planned(self, call: Call) -> tuple[Plan, Callable]:
+        """The plan, and the function ``(call, mask) -> (sums, norms, losses, aux)`` that follows it."""
+        capture, size = self.method.capture, call.size
+        closed = self._traced(call)
+        divided = self._divided(call, closed)
+        if capture is methods.Capture.NONE:
+            return Plan(capture, size), baselines.non_private
+        if capture is methods.Capture.VMAP:
+            return Plan(capture, size), baselines.vectorised(self.clip_norm)
+        if capture is methods.Capture.LOOP:
+            return Plan(capture, 1), baselines.looped(self.clip_norm)
+        found = Capture(divided)
+        used = dict.fromkeys([use.value for use in found.uses] + list(found.direct))
+        routes = routed(self.method, parts(found, groups(divided, used)), jax.default_backend())
+        second = self.method.sum is methods.Sum.SECOND_BACKWARD
+        by_uses = Plan(methods.Capture.USES, self.rows or size, second, routes)
+        ways = {"whole": (by_uses, ByUses(found, by_uses, self.clip_norm))}
+        measured = self.memory_budget is not None or is_worth_measuring(routes, size)
+        if capture is methods.Capture.PLANNED and self.rows is None and measured:
+            loop = Plan(methods.Capture.LOOP, 1)
+            ways["loop"] = loop, baselines.looped(self.clip_norm)
+            for rows in parts_to_try(size):
+                plan = replace(by_uses, rows=rows)
+                ways[f"rows {rows}"] = plan, ByUses(found, plan, self.clip_norm)
+            return ways[self._fastest(call, closed, ways)]
+        return ways["whole"]
+
+    def _fastest(self, call: Call, closed: Any, ways: dict[str, tuple[Plan, Callable]]) -> str:
+        if any(isinstance(c, jax.core.Tracer) for c in closed.consts):
+            return "whole"  # the loss closes over values of a function that is being traced
+        shapes = [
+            [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves]
+            for leaves in (call.parameters, call.data, call.others)
+        ]
+        mask = jax.ShapeDtypeStruct((call.size,), bool)
+
+        def stepping(step: Callable) -> Callable:
+            def go(parameters: list, data: list, others: list, mask: Array) -> tuple:
+                return step(replace(call, parameters=parameters, data=data, others=others), mask)
+
+            return go
+
+        name = stopwatch.fingerprint(closed, call.size, shapes)
+        steps = {name: stepping(step) for name, (_, step) in ways.items()}
+        return stopwatch.fastest(steps, [*shapes, mask], name, self.memory_budget)
+
+    def _traced(self, call: Call) -> Any:
+        example = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in call.data]
+        return jax.make_jaxpr(call.loss)(call.parameters, example, call.others)
+
+    def _divided(self, call: Call, closed: Any) -> Split:
+        """The loss of one example, split; every parameter has a part in it."""
+        program = written_out(closed)
+        n, m = len(call.parameters), len(call.data)
+        divided = split(program, program.inputs[:n], program.inputs[n : n + m])
+        used = divided.leaves_of(divided.values)
+        unused = [name for i, name in enumerate(call.names) if i not in used]
+        if unused and not self.allow_unused:
+            listed = ", ".join(unused[:3]) + (f" and {len(unused) - 3} more" if len(unused) > 3 else "")
+            raise Refused(
+                f"the loss does not depend on {listed}: leave out of the parameters what is not trained, or "
+                "pass allow_unused=True to give it noise and nothing else."
+            )
+        return divided
+
+
+def _stand_ins(data: list[Array], mask: Array) -> list[Array]:
+    """The data with a real row in place of each masked one, which takes part in everything with factor 0."""
+    first, some = jnp.argmax(mask), jnp.any(mask)
+
+    def one(x: Array) -> Array:
+        here = mask.reshape(-1, *[1] * (x.ndim - 1))
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return x  # nothing can be wrong with a key
+        return jnp.where(here, x, jnp.where(some, x[first], jnp.zeros((), x.dtype)))
+
+    return [one(x) for x in data]

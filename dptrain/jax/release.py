@@ -1,0 +1,136 @@
+"""From a clipped sum to a private gradient, and from that to a step. The only door.
+
+What is released is a ``PrivateGradient``, and ``private(optimizer)`` accepts nothing else; only
+``privatize`` makes one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from dptrain.core.entropy import Key
+from dptrain.core.mechanism import Mechanism
+from dptrain.core.spec import StepSpec
+
+from .clipped_sum import ClippedSum
+from .noise import noise_key, noisy_mean
+
+_DOOR = object()
+
+
+@jax.tree_util.register_pytree_node_class
+class PrivateGradient:
+    """A noisy mean gradient: safe to look at, to store and to post-process.
+
+    A pytree, so that a compiled step may return one.
+
+    Attributes:
+        grads: like the parameters, ``(clipped sum + noise) / L``, in float32 or better.
+        spec: the step of the mechanism that it spends.
+        reproducible: whether its noise can be recomputed from a seed, which voids the guarantee against
+            whoever knows the seed.
+    """
+
+    __slots__ = ("grads", "reproducible", "spec")
+
+    def __init__(self, grads: Any, spec: StepSpec, reproducible: bool, door: Any = None):
+        if door is not _DOOR:
+            raise TypeError("only dptrain.jax.privatize makes a PrivateGradient.")
+        self.grads, self.spec, self.reproducible = grads, spec, reproducible
+
+    def map(self, function: Callable) -> PrivateGradient:
+        """Post-process: ``function(grads) -> grads`` on the whole tree."""
+        return PrivateGradient(function(self.grads), self.spec, self.reproducible, _DOOR)
+
+    def tree_flatten(self) -> tuple:
+        return (self.grads,), (self.spec, self.reproducible)
+
+    @classmethod
+    def tree_unflatten(cls, known: tuple, children: tuple) -> PrivateGradient:
+        return cls(children[0], *known, door=_DOOR)
+
+
+def privatize(
+    clipped_sum: ClippedSum, mechanism: Mechanism | StepSpec, key: Key, *, donate: bool = False
+) -> PrivateGradient:
+    """Add the step's noise to a clipped sum and divide by the public expected batch size.
+
+    ``(sum_b clip(g_b) + N(0, (sigma C)^2 I)) / L``: Abadi et al. 2016, algorithm 1. L is the
+    mechanism's, never the number of examples that were sampled (rule 2).
+
+    Args:
+        clipped_sum: of a whole logical batch.
+        mechanism: a constant mechanism, or the specification of this step.
+        key: this step's own, for example ``run_key.child("noise", step)``: a key that is used twice
+            repeats its noise.
+        donate: give the sum's buffers away to the gradient; the sum cannot be used afterwards.
+
+    Raises:
+        TypeError: not a clipped sum, a mechanism or a key.
+        ValueError: the sum was clipped to another norm than the mechanism says.
+    """
+    spec = checked(clipped_sum, mechanism)
+    add = _add_donated if donate else _add
+    mean = add(clipped_sum.grads, noise_key(key), spec.noise_stddev, spec.expected_batch_size)
+    return PrivateGradient(mean, spec, key.reproducible, _DOOR)
+
+
+def checked(clipped_sum: ClippedSum, mechanism: Mechanism | StepSpec) -> StepSpec:
+    """The step that may release this sum."""
+    if not isinstance(clipped_sum, ClippedSum):
+        raise TypeError(f"privatize takes a ClippedSum, and was given {type(clipped_sum).__name__}.")
+    spec = mechanism.step(0) if isinstance(mechanism, Mechanism) else mechanism
+    if not isinstance(spec, StepSpec):
+        raise TypeError("privatize needs a Mechanism or the StepSpec of this step.")
+    if isinstance(mechanism, Mechanism) and len(mechanism.segments) > 1:
+        raise ValueError("this mechanism changes from step to step: pass mechanism.step(i).")
+    bounded = math.isfinite(clipped_sum.clip_norm)
+    if bounded and not math.isclose(clipped_sum.clip_norm, spec.sensitivity, rel_tol=1e-12):
+        raise ValueError(
+            f"the sum was clipped to {clipped_sum.clip_norm}, but the mechanism accounts for "
+            f"{spec.sensitivity}: use the mechanism's clip norm in clipped_grad."
+        )
+    if not bounded and spec.noise_multiplier > 0:
+        raise ValueError("a sum that was not clipped cannot be made private by noise.")
+    return spec
+
+
+def _noisy(sums: Any, key: Array, noise_stddev: Array, batch_size: Array) -> Any:
+    return noisy_mean(sums, noise_stddev, batch_size, key)
+
+
+# Traced numbers, so that a schedule of noise or batch sizes compiles nothing again.
+_add = jax.jit(_noisy)
+_add_donated = jax.jit(_noisy, donate_argnums=0)
+
+
+def private(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """An optax optimizer that takes private gradients and nothing else.
+
+    ``updates, state = private(optax.adam(1e-3)).update(gradient, state, params)``; the gradients are given to
+    the optimizer in the parameters' types.
+
+    Raises (from ``update``):
+        TypeError: anything but a ``PrivateGradient``, such as a clipped sum.
+    """
+    inner = optax.with_extra_args_support(optimizer)
+
+    def update(gradient: PrivateGradient, state: Any, params: Any = None, **extra: Any) -> tuple:
+        if not isinstance(gradient, PrivateGradient):
+            raise TypeError(
+                f"a private optimizer takes a PrivateGradient and was given {type(gradient).__name__}: pass "
+                "the clipped sum through privatize first."
+            )
+        grads = gradient.grads
+        if params is not None:
+            grads = jax.tree.map(lambda g, p: g.astype(jnp.result_type(p)), grads, params)
+        return inner.update(grads, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
