@@ -57,10 +57,10 @@ def unless_infinite(
 ) -> tuple:
     """``together()``, or one example after another where a gradient is not finite.
 
-    Zero times NaN is NaN, so a row that is not finite would spoil whatever is summed with it. And examples are
-    not separate under ``vmap`` as far as NaN goes: XLA may compute a grouped convolution, which is what
-    the gradient of a kernel becomes, as a dense one with zeros, and hand it from row to row. One by one, an
-    example that is not finite loses its own part and nothing else.
+    Zero times NaN is NaN, so a row that is not finite would spoil whatever is summed with it. And examples
+    are not separate under ``vmap`` as far as NaN goes: XLA may compute a grouped convolution, which is
+    what the gradient of a kernel becomes, as a dense one with zeros, and hand it from row to row. One
+    by one, an example that is not finite loses its own part and nothing else.
     """
     return lax.cond(jnp.all(jnp.isfinite(squared)), together, lambda: looped(clip_norm)(call, mask))
 

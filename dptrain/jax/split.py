@@ -272,7 +272,7 @@ class _Splitter:
         outside: dict[Value, Value],
         stacked_outside: dict[Value, Value],
     ) -> Loop:
-        constants, carries, slices = loop.parts(loop.body.inputs)
+        _, carries, slices = loop.parts(loop.body.inputs)
         own_carries, own_slices = [carries[i] for i in steady], [v for v in slices if v not in self.data]
         inside = {*own_carries, *own_slices}.union(*(e.outputs for e in turning))
         read = [v for e in turning for v in e.inputs] + outputs

@@ -31,7 +31,7 @@ EXACT = lax.Precision.HIGHEST
 
 
 def rule_for(operation: Operation, position: int) -> Rule | None:
-    """The rule of an operation whose input number ``position`` is the parameter-only value, if there is one."""
+    """The rule, if there is one, of an operation whose input number ``position`` is parameter-only."""
     for kind in (Product, Convolution, Table):
         if kind.fits(operation, position):
             return kind(operation, position)

@@ -74,7 +74,7 @@ def _norm(x, scale, bias):
 
 
 def _attention(p, x, heads):
-    t, d = x.shape
+    d = x.shape[1]
     q, k, v = (p["qkv"].reshape(d, 3, heads, d // heads).transpose(1, 0, 2, 3)[i] for i in range(3))
     q, k, v = (jnp.einsum("td,dhe->hte", x, w) for w in (q, k, v))
     a = jax.nn.softmax(q @ k.swapaxes(1, 2) / (d // heads) ** 0.5, -1)
@@ -92,7 +92,8 @@ def _block_params(k, d, *lead):
         return normal(next(k), *lead, *s, scale=scale)
 
     return {
-        "qkv": n(d, 3 * d), "out": n(d, d), "up": n(d, 2 * d), "down": n(2 * d, d), "c1": n(2 * d), "c2": n(d),
+        "qkv": n(d, 3 * d), "out": n(d, d), "up": n(d, 2 * d), "down": n(2 * d, d),
+        "c1": n(2 * d), "c2": n(d),
         "g1": 1 + n(d), "b1": n(d), "g2": 1 + n(d), "b2": n(d), "scale": n(d, scale=1.0),
     }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The oracle compares in float64, which JAX has to be told to allow; and tests compile much and run little."""
+"""The oracle compares in float64, which JAX must be told to allow; and tests compile much and run little."""
 
 import os
 

@@ -1,8 +1,8 @@
 """Case x method against the float64 oracle: sums and norms, with hostile rows.
 
-What the engine does with a program does not depend on how a method norms and sums it, so every case is tried
-with two methods that between them take every route, and all other methods on the cases that have most to get wrong. The
-whole product is marked slow.
+What the engine makes of a program does not depend on how a method norms and sums it. So every case is tried
+with two methods that between them take every route, and the others on the cases that have most to get
+wrong. The whole product is marked slow.
 """
 
 from __future__ import annotations

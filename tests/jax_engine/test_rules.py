@@ -156,7 +156,7 @@ def test_rule_11_only_private_gradients_reach_an_optimizer():
     for wrong in (out, out.grads):
         with pytest.raises(TypeError, match="takes a PrivateGradient"):
             optimizer.update(wrong, state, params)
-    with pytest.raises(TypeError, match="only dptrain.jax.privatize"):
+    with pytest.raises(TypeError, match=r"only dptrain\.jax\.privatize"):
         dpj.PrivateGradient(out.grads, None, False)
     mechanism = Mechanism.constant(
         noise_multiplier=1.0, clip_norm=2.0, sample_rate=0.5, steps=1, expected_batch_size=4, delta=1e-5
@@ -259,7 +259,7 @@ def test_accumulates_buffers_and_streams():
     assert summed._cache_size() == 1
     with pytest.raises(ValueError, match="multiple"):
         dpj.accumulate(clipped, params, batch, mask, physical_batch_size=5)
-    pieces = [(jax.tree.map(lambda x: x[i : i + 3], batch), mask[i : i + 3]) for i in range(0, 12, 3)]
+    pieces = [jax.tree.map(lambda x: x[i : i + 3], (batch, mask)) for i in range(0, 12, 3)]  # noqa: B023
     accumulator = dpj.Accumulator(clipped)
     streamed = accumulator(params, pieces)
     assert oracle.relative_error(streamed.grads, expected) < 1e-9
