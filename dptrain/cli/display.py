@@ -126,7 +126,8 @@ def show_plan(console: Console, run: Run, folder: RunFolder) -> None:
         if run.key.reproducible
         else "operating system",
     )
-    table.add_row("device", f"{run.device}, {config.precision}{', compiled' if config.compile else ''}")
+    engine = f"JAX on {config.device}" if config.engine == "jax" else str(run.device)
+    table.add_row("device", f"{engine}, {config.precision}{', compiled' if config.compile else ''}")
     table.add_row("run folder", escape(str(folder.path)))
     console.print(table)
     if run.is_private and mechanism.delta is not None and mechanism.delta * len(run.train) >= 1:

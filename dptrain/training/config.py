@@ -17,6 +17,7 @@ ScheduleName = Literal["constant", "linear", "cosine"]
 PrecisionName = Literal["fp32", "tf32", "bf16"]
 NormalizationName = Literal["auto", "half", "imagenet", "none"]
 AccountantName = Literal["pld", "rdp"]
+EngineName = Literal["torch", "jax"]
 
 
 PATHS = ("data_dir", "weights", "out")
@@ -117,6 +118,8 @@ class TrainConfig:
     """Decay of an exponential average of the weights, which is then what is saved; 0: none."""
 
     # Machine
+    engine: EngineName = "torch"
+    """torch or jax. JAX has the small networks, ViT and BiT, and compiles once for the run."""
     device: str = "auto"
     """cuda, cpu, ..., or auto: a GPU if there is one."""
     precision: PrecisionName = "fp32"
@@ -236,6 +239,8 @@ def _check(config: TrainConfig) -> None:
         raise ConfigError(
             "--cache-features needs --trainable head: only a frozen backbone has fixed features."
         )
+    if config.engine == "jax" and config.compile:
+        raise ConfigError("--compile is for --engine torch; the JAX engine compiles every step: leave it out.")
     if config.seed is not None and config.seed < 0:
         raise ConfigError(
             f"--seed is {config.seed}: give a number of at least 0, or leave it out for secure randomness."

@@ -52,6 +52,11 @@ def make_loss(run: Run) -> LossFunction:
     return loss
 
 
+def rehearsed(run: Run, clipped: Callable[..., dpt.ClippedSum], size: int) -> None:
+    """Clip a physical batch of stand-ins, made without looking at any example."""
+    clipped(run.train.stand_in(size), torch.ones(size, dtype=torch.bool, device=run.device))
+
+
 def logical_steps(
     run: Run,
     clipped: Callable[..., dpt.ClippedSum],
@@ -65,11 +70,11 @@ def logical_steps(
     specification before its noisy gradient exists, to record that its privacy is spent.
     """
     noise_key = run.key.child("noise")
-    pieces = _pieces(run, physical_batch_size)
+    batches = pieces(run, physical_batch_size)
     for index in range(run.mechanism.steps):
         spec = run.mechanism.step(index)
         total, parts = None, []
-        for batch, mask, is_last in pieces:
+        for batch, mask, is_last in batches:
             total = clipped(batch, mask, into=total)
             if run.config.show_unprotected:
                 parts.append((total.losses[-len(mask) :], total.norms[-len(mask) :], mask))
@@ -78,10 +83,10 @@ def logical_steps(
         before_release(index, spec)
         gradient = dpt.privatize(total, spec, noise_key.child(index), donate=True)
         dpt.apply(optimizer, run.learner, gradient)
-        yield Step(index + 1, _unprotected(parts, spec) if parts else None)
+        yield Step(index + 1, unprotected(parts, spec) if parts else None)
 
 
-def _pieces(run: Run, physical_batch_size: int) -> Iterator[tuple[Batch, torch.Tensor, bool]]:
+def pieces(run: Run, physical_batch_size: int) -> Iterator[tuple[Batch, torch.Tensor, bool]]:
     """(batch, mask [P] bool, whether it ends its step) of the whole run.
 
     The data set may read ahead. Every step has at least one piece: an empty logical batch is one
@@ -93,9 +98,9 @@ def _pieces(run: Run, physical_batch_size: int) -> Iterator[tuple[Batch, torch.T
     def indices() -> Iterator[torch.Tensor]:
         for step in range(run.mechanism.steps):
             sampler = LogicalSampler(len(run.train), run.mechanism.step(step).sampling, key)
-            pieces = list(physical_batches(sampler.sample(step), physical_batch_size))
-            for number, piece in enumerate(pieces, 1):
-                waiting.append((piece, number == len(pieces)))
+            parts = list(physical_batches(sampler.sample(step), physical_batch_size))
+            for number, piece in enumerate(parts, 1):
+                waiting.append((piece, number == len(parts)))
                 yield torch.from_numpy(piece.indices)
 
     for batch in run.train.stream(indices()):
@@ -103,7 +108,7 @@ def _pieces(run: Run, physical_batch_size: int) -> Iterator[tuple[Batch, torch.T
         yield batch, torch.from_numpy(piece.mask).to(run.device), is_last
 
 
-def _unprotected(parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], spec: StepSpec) -> Unprotected:
+def unprotected(parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], spec: StepSpec) -> Unprotected:
     mask = torch.cat([mask for _, _, mask in parts])
     size = int(mask.sum())
     if size == 0:

@@ -81,8 +81,10 @@ def prepare(config: TrainConfig) -> Run:
     """
     config.check()
     method = methods.resolve(config.method)
-    device = resolve_device(config.device)
-    check_precision(config.precision, device)
+    # For JAX the PyTorch model, which owns the weights before and after, stays on the CPU with the data.
+    device = resolve_device(config.device if config.engine == "torch" else "cpu")
+    if config.engine == "torch":
+        check_precision(config.precision, device)
     key = Key.from_entropy() if config.seed is None else Key.from_seed(config.seed)
 
     wanted = preferences(config.model)

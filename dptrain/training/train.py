@@ -6,18 +6,13 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
-from dptrain import torch as dpt
 from dptrain.core.ledger import Ledger
 from dptrain.core.spec import StepSpec
-from dptrain.optim import average_of, build_optimizer, build_schedule
-from dptrain.torch.physical_batch import choose
-from dptrain.training.config import TrainConfig
+from dptrain.training.config import ConfigError, TrainConfig
 from dptrain.training.device import matmul_precision
 from dptrain.training.evaluation import Score, evaluate
+from dptrain.training.learner import Learner, TorchLearner
 from dptrain.training.listener import Listener, Silent
-from dptrain.training.loop import logical_steps, make_loss
 from dptrain.training.prepare import Run, prepare
 from dptrain.training.run_folder import RunFolder
 from dptrain.training.tensorboard import TensorBoard, open_tensorboard
@@ -58,24 +53,19 @@ class _Session:
     """The moving parts of one run."""
 
     def __init__(self, run: Run, folder: RunFolder, listener: Listener) -> None:
-        config = run.config
         self.run, self.folder, self.listener = run, folder, listener
         self.spent = 0
         self.score: Score | None = None
         self.scored_at = -1
-        self.optimizer = build_optimizer(
-            config.optimizer, run.learner.parameters(), config.lr, config.weight_decay
-        )
-        self.schedule = build_schedule(config.lr_schedule, self.optimizer, run.mechanism.steps)
-        self.average = average_of(run.learner, config.weight_average) if config.weight_average else None
+        self.learner = _learner(run)
         self.tensorboard: TensorBoard | None = None
         self.ledger = Ledger(folder.ledger)
         self.started = time.perf_counter()
 
     def run_to_end(self) -> Outcome:
         run, config = self.run, self.run.config
-        run.learner.train()
-        clipped, size = self._clipped_grad()
+        size, trials = self.learner.get_ready(self.listener.compiles)
+        self.listener.chose_physical_batch_size(size, trials)
         self.folder.create(config)
         self.tensorboard = open_tensorboard(self.folder.path) if config.tensorboard else None
         due = _evaluation_steps(run.mechanism.steps, config.evaluations)
@@ -85,10 +75,7 @@ class _Session:
         interrupted = False
         self.started = time.perf_counter()
         try:
-            for step in logical_steps(run, clipped, self.optimizer, size, self._before_release):
-                self.schedule.step()
-                if self.average is not None:
-                    self.average.update_parameters(run.learner)
+            for step in self.learner.steps(self._before_release):
                 epsilon = self._epsilon(step.number)
                 self.listener.stepped(step, epsilon, self._examples_per_s(step.number))
                 if step.unprotected is not None:
@@ -103,30 +90,6 @@ class _Session:
                 self._finish(interrupted=True, physical_batch_size=size)
             raise
         return self._finish(interrupted, size)
-
-    def _clipped_grad(self) -> tuple[dpt.ClippedGrad, int]:
-        """What clips, and the physical batch size as given or found.
-
-        Either way the engine has seen a batch of stand-ins by then: what it refuses, it refuses
-        before the run begins, and what is compiled, it compiles.
-        """
-        run, config = self.run, self.run.config
-        options = {"clip_norm": config.clip_norm, "method": run.method}
-        clipped = dpt.clipped_grad(run.learner, make_loss(run), **options)
-
-        def on_stand_ins(size: int) -> None:
-            clipped(run.train.stand_in(size), torch.ones(size, dtype=torch.bool, device=run.device))
-
-        size, trials = config.physical_batch_size, []
-        if size == "auto":  # measured uncompiled: to compile each size would take minutes
-            size, trials = choose(on_stand_ins, int(run.mechanism.expected_batch_size), run.device)
-        if config.compile:
-            self.listener.compiles()
-            clipped = dpt.clipped_grad(run.learner, make_loss(run), **options, compile=True)
-        if config.compile or not trials:
-            on_stand_ins(size)
-        self.listener.chose_physical_batch_size(size, trials)
-        return clipped, size
 
     def _before_release(self, index: int, spec: StepSpec) -> None:
         # Counted first: should the process die within the step, its privacy is spent all the same.
@@ -144,9 +107,8 @@ class _Session:
         return steps * self.run.mechanism.expected_batch_size / (time.perf_counter() - self.started)
 
     def _evaluate(self, epsilon: float) -> None:
-        averaged = self.average is not None and self.spent
-        learner = self.average.module if averaged else self.run.learner
-        self.score = evaluate(learner, self.run.held_out, self.run.config.precision, self.run.device)
+        model = self.learner.model()
+        self.score = evaluate(model, self.run.held_out, self.run.config.precision, self.run.device)
         self.scored_at = self.spent
         self.listener.evaluated(self.spent, self.score, epsilon)
         self._record(
@@ -169,9 +131,7 @@ class _Session:
     def _finish(self, interrupted: bool, physical_batch_size: int) -> Outcome:
         run = self.run
         training_s = time.perf_counter() - self.started
-        if self.average is not None and self.spent:
-            run.learner.load_state_dict(self.average.module.state_dict())
-            self.average = None
+        self.learner.settle()
         self.folder.save_model(run.model)
         accountant = run.config.accountant
         epsilon = run.mechanism.epsilon(steps=self.spent, accountant=accountant)
@@ -194,6 +154,18 @@ class _Session:
         return outcome
 
 
+def _learner(run: Run) -> Learner:
+    if run.config.engine == "torch":
+        return TorchLearner(run)
+    try:
+        from dptrain.training.jax_learner import JaxLearner
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"--engine jax needs {error.name}, which is not installed: pip install 'dptrain[jax]'."
+        ) from error
+    return JaxLearner(run)
+
+
 def summarise(outcome: Outcome) -> dict[str, Any]:
     """What `summary.json` holds."""
     run = outcome.run
@@ -205,6 +177,7 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
         "delta": run.mechanism.delta,
         "steps_taken": outcome.steps,
         "mechanism": run.mechanism.to_dict(),
+        "engine": run.config.engine,
         "method": run.method,
         "physical_batch_size": outcome.physical_batch_size,
         "evaluated_on": run.held_out_name,

@@ -2,6 +2,7 @@
 
 from .bit import BiTResNet
 from .build import architecture, load
+from .translated import translated
 from .vit import ViT
 
-__all__ = ["BiTResNet", "ViT", "architecture", "load"]
+__all__ = ["BiTResNet", "ViT", "architecture", "load", "translated"]

@@ -1,0 +1,160 @@
+"""The steps of a run on the JAX engine.
+
+The PyTorch model owns the weights before and after: it loads, scores and saves them. In between they are JAX
+arrays with the same names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+from jax import Array
+from torch import nn
+
+from dptrain import jax as dpj
+from dptrain.models.jax import translated
+from dptrain.optim.averaging import warm
+from dptrain.optim.with_optax import build_optax
+from dptrain.torch.physical_batch import Trial
+from dptrain.training.config import ConfigError
+from dptrain.training.learner import BeforeRelease
+from dptrain.training.loop import Step, pieces, unprotected
+from dptrain.training.prepare import Run
+
+#: the physical batch size of ``auto``: how many of them are computed at once, the engine measures by itself
+PHYSICAL_BATCH_SIZE = 32
+
+PRODUCTS = {"fp32": "highest", "tf32": "tensorfloat32", "bf16": "default"}
+"""JAX's names for what may be done to float32 products; by default a GPU would take TF32."""
+
+
+class JaxLearner:
+    """The JAX engine: one physical step, compiled once for the run, and one logical step.
+
+    Raises ModelError for a model that there is no function for JAX of, ConfigError for a device that is not
+    there.
+    """
+
+    def __init__(self, run: Run) -> None:
+        config = run.config
+        self.run, self.taken, self.size = run, 0, 0
+        self.forward = translated(run.learner, config.model, run.train.num_classes, run.train.input_shape)
+        own = dict(run.learner.named_parameters())
+        device = _device(config.device)
+        arrays = {name: jax.device_put(p.detach().cpu().numpy(), device) for name, p in own.items()}
+        self.params = {name: x for name, x in arrays.items() if own[name].requires_grad}
+        self.frozen = {name: x for name, x in arrays.items() if not own[name].requires_grad}
+        steps = run.mechanism.steps
+        self.optimizer = dpj.private(
+            build_optax(config.optimizer, config.lr, config.weight_decay, config.lr_schedule, steps)
+        )
+        self.state = self.optimizer.init(self.params)
+        self.average = jax.tree.map(jnp.copy, self.params) if config.weight_average else None
+        clipped = dpj.clipped_grad(
+            self._loss, clip_norm=config.clip_norm, method=run.method, batch_argnums=(1, 2)
+        )
+
+        def add(
+            total: Any, params: Any, images: Array, labels: Array, frozen: Any, mask: Array
+        ) -> dpj.ClippedSum:
+            out = clipped(params, images, labels, frozen, mask=mask)
+            return replace(out, grads=jax.tree.map(jnp.add, total, out.grads))
+
+        self._add = jax.jit(add, donate_argnums=0)
+        self._zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params))
+        self._apply = jax.jit(self._updated, donate_argnums=(0, 1, 2))
+
+    def _loss(self, params: dict, image: Array, label: Array, frozen: dict) -> Array:
+        everything = {**params, **frozen}
+        if self.run.config.precision == "bf16":
+            everything = jax.tree.map(lambda p: p.astype(jnp.bfloat16), everything)
+            image = image.astype(jnp.bfloat16)
+        logits = self.forward(everything, image).astype(jnp.float32)
+        return -jax.nn.log_softmax(logits)[label]
+
+    def _updated(
+        self, params: Any, state: Any, average: Any, gradient: dpj.PrivateGradient, decay: Array
+    ) -> tuple:
+        updates, state = self.optimizer.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        if average is not None:
+            average = jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), average, params)
+        return params, state, average
+
+    def _precision(self) -> AbstractContextManager:
+        return jax.default_matmul_precision(PRODUCTS[self.run.config.precision])
+
+    def get_ready(self, compiles: Callable[[], None]) -> tuple[int, list[Trial]]:
+        run, size = self.run, self.run.config.physical_batch_size
+        if size == "auto":
+            size = min(PHYSICAL_BATCH_SIZE, max(1, int(run.mechanism.expected_batch_size)))
+        compiles()
+        self.size = size
+        with self._precision():
+            images, labels = _arrays(run.train.stand_in(size))
+            self._add(self._zeros(self.params), self.params, images, labels, self.frozen, np.ones(size, bool))
+        return size, []
+
+    def steps(self, before_release: BeforeRelease) -> Iterator[Step]:
+        run = self.run
+        noise_key, batches = run.key.child("noise"), pieces(run, self.size)
+        for index in range(run.mechanism.steps):
+            spec = run.mechanism.step(index)
+            total, parts = self._zeros(self.params), []
+            for batch, mask, is_last in batches:
+                with self._precision():
+                    out = self._add(total, self.params, *_arrays(batch), self.frozen, mask.cpu().numpy())
+                total = out.grads
+                if run.config.show_unprotected:
+                    parts.append((_tensor(out.losses), _tensor(out.norms), mask.cpu()))
+                if is_last:
+                    break
+            before_release(index, spec)
+            gradient = dpj.privatize(out, spec, noise_key.child(index), donate=True)
+            # As torch's average: it begins with the weights after the first step.
+            decay = jnp.float32(warm(run.config.weight_average, index) if index else 0.0)
+            self.params, self.state, self.average = self._apply(
+                self.params, self.state, self.average, gradient, decay
+            )
+            self.taken = index + 1
+            yield Step(self.taken, unprotected(parts, spec) if parts else None)
+
+    @torch.no_grad()
+    def model(self) -> nn.Module:
+        self.settle()
+        return self.run.learner
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        kept = self.params if self.average is None else self.average
+        for name, parameter in self.run.learner.named_parameters():
+            if name in kept:
+                parameter.copy_(_tensor(kept[name]))
+
+
+def _device(name: str) -> jax.Device:
+    """The device called `name`, as for torch; `auto` is what JAX takes by itself."""
+    if name == "auto":
+        return jax.devices()[0]
+    kind, _, number = name.partition(":")
+    try:
+        return jax.devices("gpu" if kind == "cuda" else kind)[int(number or 0)]
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise ConfigError(f"JAX has no device {name!r} here; try --device auto.") from error
+
+
+def _arrays(batch: tuple) -> tuple[np.ndarray, np.ndarray]:
+    inputs, labels = batch
+    return inputs.cpu().numpy(), labels.cpu().numpy().astype(np.int32)
+
+
+def _tensor(x: Array) -> torch.Tensor:
+    return torch.from_numpy(np.array(x))
