@@ -195,8 +195,9 @@ def _equation(
 ) -> Equation:
     name = eqn.primitive.name
     if name == versions.LOOP:
-        body = written_out(eqn.params["jaxpr"], known)
-        return Loop(eqn, inputs, outputs, body, eqn.params["num_consts"], eqn.params["num_carry"])
+        jaxpr, closed_over = _opened(eqn.params["jaxpr"])
+        body = written_out(versions.ClosedJaxpr(jaxpr, closed_over), known)
+        return Loop(eqn, inputs, outputs, body, *versions.loop_parts(eqn.params))
     if name in versions.RECOMPUTED:
         jaxpr, closed_over = _opened(eqn.params[versions.RECOMPUTED[name]])
         body = written_out(versions.ClosedJaxpr(jaxpr, closed_over), known)

@@ -1,6 +1,6 @@
 """All that depends on the version of JAX: names of primitives, and how an equation is run.
 
-Written against 0.10 and 0.11. ``jax.extend.core`` is what JAX offers for work on jaxprs; whatever is
+Written against 0.10 to 0.12. ``jax.extend.core`` is what JAX offers for work on jaxprs; whatever is
 not offered there, and could change with a release, is used in this file alone.
 """
 
@@ -22,6 +22,7 @@ __all__ = [
     "abstract",
     "bind",
     "keys_like",
+    "loop_parts",
 ]
 
 #: calls that are written out in place, and the parameter that holds the callee
@@ -39,6 +40,14 @@ LOOP = "scan"
 def abstract(x: Any) -> Any:
     """The abstract value of an array: shape and type."""
     return jax.typeof(x)
+
+
+def loop_parts(params: dict) -> tuple[int, int]:
+    """The numbers of constants and of carries of a ``scan``, which come first among its inputs."""
+    if "num_consts" in params:  # until 0.11
+        return params["num_consts"], params["num_carry"]
+    constants, carries, _ = params["ft_in"].unpack()
+    return len(constants), len(carries)
 
 
 def keys_like(shape: jax.ShapeDtypeStruct) -> jax.Array:
