@@ -87,6 +87,8 @@ def main() -> None:
         "measured": measured,
         "speed": tables.speed(found),
         "speed on a GPU": tables.speed(found, "cuda"),
+        "speed in jax": tables.speed_in_jax(found),
+        "engines": tables.engines(found),
         "memory": tables.memory(found),
         "memory on a GPU": tables.memory(found, "cuda"),
         "largest batch": tables.largest(found),
@@ -94,7 +96,7 @@ def main() -> None:
         "roofline": tables.roofline(found),
         "remaining": tables.remaining(found),
     }
-    for page in (ROOT / "README.md", ROOT / "docs" / "performance.md"):
+    for page in (ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in ("performance", "jax"))):
         text = page.read_text()
         for name, rows in blocks.items():
             text = filled(text, name, rows)

@@ -32,3 +32,12 @@ def test_text_classification():
     pytest.importorskip("datasets")
     accuracy, epsilon = accuracy_and_epsilon("text_classification.py", "--steps", "40", "--sentences", "1000")
     assert accuracy > 0.4 and epsilon <= 8.0  # chance is 0.333
+
+
+@pytest.mark.parametrize(
+    ("library", "needs"), [("nnx", "flax"), ("linen", "flax"), ("haiku", "haiku"), ("equinox", "equinox")]
+)
+def test_jax_models(library, needs):
+    pytest.importorskip(needs)
+    accuracy, epsilon = accuracy_and_epsilon("jax_models.py", library)
+    assert accuracy > 0.8 and epsilon <= 8.0

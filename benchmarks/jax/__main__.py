@@ -1,7 +1,7 @@
 """One case: compile, check and time all contestants in one process, and make a record of it.
 
-All take turns. A contestant's time is that of a physical step plus a sixteenth of the end of a logical one (the
-optimizer, and the noise of the private ones), and its ratio is the best non-private time over its own.
+All take turns. A contestant's time is that of a physical step plus a sixteenth of the end of a logical one
+(the optimizer, and the noise of the private ones), and its ratio is the best non-private time over its own.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def sum_of_single_examples(case: Case, params: Any, batch: Any, clip_norm: float
     for b in range(len(batch[1])):
         g = gradient(params, jax.tree.map(lambda x: x[b], batch))  # noqa: B023
         norms.append(float(optax.tree.norm(g)))
-        total = jax.tree.map(lambda t, x: t + min(1.0, clip_norm / norms[-1]) * x, total, g)  # noqa: B023
+        total = jax.tree.map(lambda t, x: t + min(1.0, clip_norm / norms[-1]) * x, total, g)
     return total, norms
 
 
@@ -157,9 +157,7 @@ def measure(case: Case, methods: list[str], size: int, limit_s: float, say: Call
         },
         "environment": where,
         "quiet": quiet.record(),
-        "baseline": min(
-            (n for n in ORDINARY if n in steps), key=lambda n: results[n]["logical_step_s"]
-        ),
+        "baseline": min((n for n in ORDINARY if n in steps), key=lambda n: results[n]["logical_step_s"]),
         "contestants": results,
     }
 

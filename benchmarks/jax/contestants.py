@@ -59,7 +59,7 @@ def jax_privacy(case: Case, clip_norm: float) -> Step:
 
 
 def enter(case: Case, name: str, clip_norm: float) -> Step:
-    """A contestant by name: ``non-private batched``, ``non-private scanned 4``, ``jax-privacy`` or a method."""
+    """A contestant: ``non-private batched``, ``non-private scanned 4``, ``jax-privacy`` or a method."""
     kind, _, how = name.partition(" ")
     if kind == "non-private":
         return batched(case) if how == "batched" else scanned(case, int(how.partition(" ")[2] or 1))

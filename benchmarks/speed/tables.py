@@ -117,6 +117,47 @@ def speed(found: dict[str, Record], device: str = "cpu") -> Rows:
     return table(head, rows)
 
 
+def speed_in_jax(found: dict[str, Record], device: str = "cpu") -> Rows:
+    """One row per case: ours and others against the best of non-private steps."""
+    rows = []
+    for name, record in of_kind(found, "speed in JAX", device).items():
+        mine = ours(record)
+        if mine is None:
+            continue
+        low, high = mine[1]["quartiles_of_paired_ratios"]
+        base = record["contestants"][record["baseline"]]
+        cells = [
+            title(record).removesuffix(", peers in the process"),
+            f"{physical_ms(base):,.0f} ms, {record['baseline'].removeprefix('non-private ')}",
+            f"**{mine[1]['ratio_to_non_private']:.2f}** ({low:.2f} to {high:.2f})",
+            f"{mine[1]['memory_ratio']:.2f}",
+            *(ratio(best(record, other)) for other in ("per-example-vmap", "jax-privacy")),
+            f"{mine[1]['float64']['error_of_sum']:.0e}",
+            f"`results/{name}`",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    head = (
+        "model | non-private step | dptrain `auto` (quartiles) | memory | `vmap(grad)` | jax-privacy "
+        "| float64 error | record"
+    )
+    return table(head, rows)
+
+
+def engines(found: dict[str, Record]) -> Rows:
+    """Accuracy of the same recipe on both engines."""
+    rows = []
+    for name, record in found.items():
+        if record.get("kind") != "engines":
+            continue
+        for engine, runs in record["accuracy"].items():
+            mean, spread = statistics.mean(runs), statistics.stdev(runs)
+            rows.append(
+                f"| {record['what']} | {engine} | {100 * mean:.2f} % ± {100 * spread:.2f} | {len(runs)} | "
+                f"`results/{name}` |"
+            )
+    return table("run | engine | test accuracy, mean and deviation | seeds | record", rows)
+
+
 def memory(found: dict[str, Record], device: str = "cpu") -> Rows:
     """Peaks, each in a fresh process."""
     rows = []

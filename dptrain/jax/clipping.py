@@ -145,7 +145,10 @@ class ClippedGrad:
                 "every leaf of a batch needs its examples on the leading axis, and the same number of them; "
                 f"the shapes are {[jnp.shape(x) for x in leaves]}."
             )
-        return sizes.pop()[0]
+        (size,) = sizes.pop()
+        if size == 0:
+            raise ValueError("a batch needs at least one row: pass any row, and a mask that is False for it.")
+        return size
 
     def _clip(self, args: tuple, mask: Array) -> ClippedSum:
         call, tree, aux_tree = self._flat(args)

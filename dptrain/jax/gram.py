@@ -1,8 +1,8 @@
 """Norms of sums of outer products without the sums, and how far they can be off.
 
 ``||sum_t r_t c_t^T||_F^2 = <R R^T, C C^T>``: Goodfellow (2015), arXiv 1510.01799, for one position; Li et
-al. (2022), arXiv 2110.05679, for sequences. Both matrices are symmetric, so of two rows of blocks only
-those on and below the diagonal are formed.
+al. (2022), arXiv 2110.05679, for sequences. (Both matrices are symmetric, but XLA's products of halves take
+longer than that of the whole.)
 
 The terms cancel, so rounding is bounded and not hoped for (rule 7). With ``gamma_n = n u / (1 - n u)``
 (Higham 2002, section 3.1, in any order of summation), an entry of R R^T is off by at most
@@ -10,8 +10,7 @@ The terms cancel, so rounding is bounded and not hoped for (rule 7). With ``gamm
 
     gamma_R |R|^2 ||C C^T|| + gamma_C |C|^2 ||R R^T|| + gamma_S ||R R^T|| ||C C^T||
 
-in Frobenius norms, with gamma_S of the sum over positions: first along rows, then over them, each of at
-most T terms (a barrier keeps the compiler from merging the two).
+in Frobenius norms, with gamma_S of the sum over positions and groups, which is taken axis by axis.
 """
 
 from __future__ import annotations
@@ -23,10 +22,9 @@ from dptrain.core import precision
 
 from .uses import EXACT, accumulated
 
-#: features are summed by chunks, so that the error grows with the size of one and the number of them
-CHUNK = 256
-#: positions from which two rows of blocks pay for themselves
-BLOCKS_FROM = 64
+#: features are summed by chunks, so that the error grows with the size of one and the number of them; on a
+#: CPU the copies that chunks need cost more than the products
+CHUNK = 4096
 #: what second-order terms and the rounding of the bound itself can come to
 SLACK = 1.01
 #: the largest error, relative to the squared norm, that is accepted
@@ -47,15 +45,8 @@ def squared_norms(rows: Array, cols: Array) -> tuple[Array, Array]:
     if positions == 1:
         squared = jnp.sum(r2 * c2, (1, 2))
         return squared, _gamma(rows.shape[3] + cols.shape[3] + groups, dtype) * squared
-    squared = rr2 = cc2 = jnp.zeros(rows.shape[0], dtype)
-    for start, stop in _blocks(positions):
-        rr = products(rows[:, :, start:stop], rows[:, :, :stop])
-        cc = products(cols[:, :, start:stop], cols[:, :, :stop])
-        # Entries left of the diagonal block count for their mirror images as well.
-        weight = jnp.where(jnp.arange(stop) < start, 2, 1).astype(dtype)
-        rr2 += _total(rr * rr * weight)
-        cc2 += _total(cc * cc * weight)
-        squared += _total(rr * cc * weight)
+    rr, cc = products(rows), products(cols)
+    squared, rr2, cc2 = _total(rr * cc), _total(rr * rr), _total(cc * cc)
     rr, cc = jnp.sqrt(rr2), jnp.sqrt(cc2)
     bound = _chunked_gamma(rows.shape[3], dtype) * jnp.sum(r2, (1, 2)) * cc
     bound += _chunked_gamma(cols.shape[3], dtype) * jnp.sum(c2, (1, 2)) * rr
@@ -63,27 +54,20 @@ def squared_norms(rows: Array, cols: Array) -> tuple[Array, Array]:
     return squared, SLACK * bound
 
 
-def products(left: Array, right: Array) -> Array:
-    """``left right^T`` over the last two axes, ``[B, E, T, F], [B, E, S, F] -> [B, E, T, S]``."""
-    features = left.shape[-1]
-    chunks = -(-features // CHUNK)
-    if chunks == 1:
-        return jnp.einsum("betf,besf->bets", left, right, precision=EXACT)
-    size = -(-features // chunks)
-    if size * chunks != features:
-        left, right = (jnp.pad(x, [(0, 0)] * 3 + [(0, size * chunks - features)]) for x in (left, right))
-    left, right = (x.reshape(*x.shape[:3], chunks, size) for x in (left, right))
-    parts = jnp.einsum("betnf,besnf->bents", left, right, precision=EXACT)
-    return jnp.sum(lax.optimization_barrier(parts), 2)
+def products(x: Array) -> Array:
+    """``x x^T`` over the last two axes, ``[B, E, T, F] -> [B, E, T, T]``."""
+    total = jnp.einsum("betf,besf->bets", x[..., :CHUNK], x[..., :CHUNK], precision=EXACT)
+    for start in range(CHUNK, x.shape[-1], CHUNK):
+        part = x[..., start : start + CHUNK]
+        total += lax.optimization_barrier(jnp.einsum("betf,besf->bets", part, part, precision=EXACT))
+    return total
 
 
 def _total(block: Array) -> Array:
-    return jnp.sum(lax.optimization_barrier(jnp.sum(block, 3)), (1, 2))
-
-
-def _blocks(positions: int) -> list[tuple[int, int]]:
-    half = -(-positions // 2)
-    return [(0, half), (half, positions)] if positions >= BLOCKS_FROM else [(0, positions)]
+    """``[B, E, T, T] -> [B]``, one axis at a time: a barrier keeps XLA from adding them all up in one go."""
+    for axis in (3, 2, 1):
+        block = lax.optimization_barrier(jnp.sum(block, axis))
+    return block
 
 
 def _gamma(terms: int, dtype: jnp.dtype) -> float:

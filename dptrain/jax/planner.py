@@ -79,7 +79,7 @@ def _fastest(shape: UseShape, table: bool, device: str) -> Route:
         return Route.GRAM  # by sorting: neither the table's size nor T² is formed
     price = OPERATIONS_PER_BYTE.get(device, OPERATIONS_PER_BYTE["gpu"])
     formed, summed = cost.materialise(shape), cost.contract(shape)
-    by_gram = 0.75 * cost.gram(shape).flops + 3 * price * cost.gram(shape).bytes + summed.flops
+    by_gram = cost.gram(shape).flops + 3 * price * cost.gram(shape).bytes + summed.flops
     keep = formed.flops + 3 * price * formed.bytes
     return Route.GRAM if by_gram < keep else Route.KEEP
 

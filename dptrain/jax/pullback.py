@@ -23,7 +23,16 @@ from .split import Split
 from .uses import accumulated
 
 #: each element of the input lies in the output once, and nothing else does
-REARRANGE = {"convert_element_type", "copy", "expand_dims", "reshape", "rev", "squeeze", "transpose"}
+REARRANGE = {
+    "broadcast_in_dim",  # where the size stays the same
+    "convert_element_type",
+    "copy",
+    "expand_dims",
+    "reshape",
+    "rev",
+    "squeeze",
+    "transpose",
+}
 
 
 @dataclass(frozen=True, eq=False)

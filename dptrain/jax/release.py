@@ -13,14 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array
 
 from dptrain.core.entropy import Key
 from dptrain.core.mechanism import Mechanism
 from dptrain.core.spec import StepSpec
 
 from .clipped_sum import ClippedSum
-from .noise import noise_key, noisy_mean
+from .noise import noisy_mean
 
 _DOOR = object()
 
@@ -77,8 +76,7 @@ def privatize(
         ValueError: the sum was clipped to another norm than the mechanism says.
     """
     spec = checked(clipped_sum, mechanism)
-    add = _add_donated if donate else _add
-    mean = add(clipped_sum.grads, noise_key(key), spec.noise_stddev, spec.expected_batch_size)
+    mean = noisy_mean(clipped_sum.grads, spec.noise_stddev, spec.expected_batch_size, key, donate)
     return PrivateGradient(mean, spec, key.reproducible, _DOOR)
 
 
@@ -100,15 +98,6 @@ def checked(clipped_sum: ClippedSum, mechanism: Mechanism | StepSpec) -> StepSpe
     if not bounded and spec.noise_multiplier > 0:
         raise ValueError("a sum that was not clipped cannot be made private by noise.")
     return spec
-
-
-def _noisy(sums: Any, key: Array, noise_stddev: Array, batch_size: Array) -> Any:
-    return noisy_mean(sums, noise_stddev, batch_size, key)
-
-
-# Traced numbers, so that a schedule of noise or batch sizes compiles nothing again.
-_add = jax.jit(_noisy)
-_add_donated = jax.jit(_noisy, donate_argnums=0)
 
 
 def private(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

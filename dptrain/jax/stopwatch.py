@@ -49,10 +49,7 @@ def fastest(ways: dict[str, Callable], shapes: Sequence, name: str, budget: int 
         at, size = f"{name} {way} seconds", f"{name} {way} bytes"
         if at in memory.known and size in memory.known:
             continue
-        step = jax.jit(function).lower(*shapes).compile()
-        analysis = step.memory_analysis()
-        memory.known[size] = float(analysis.temp_size_in_bytes if analysis is not None else 0)
-        memory.known[at] = _seconds(step, shapes) if _fits(memory.known[size]) else float("inf")
+        memory.known[size], memory.known[at] = _measured(function, shapes)
     memory.save()
     sizes = {way: memory.known[f"{name} {way} bytes"] for way in ways}
     times = {way: memory.known[f"{name} {way} seconds"] for way in ways}
@@ -60,6 +57,20 @@ def fastest(ways: dict[str, Callable], shapes: Sequence, name: str, budget: int 
     if not fitting:
         return min(ways, key=sizes.__getitem__)
     return min(fitting, key=times.__getitem__)
+
+
+def _measured(function: Callable, shapes: Sequence) -> tuple[float, float]:
+    """Bytes of scratch memory and seconds; infinite where the device has not enough."""
+    size = float("inf")
+    try:
+        step = jax.jit(function).lower(*shapes).compile()
+        analysis = step.memory_analysis()
+        size = float(analysis.temp_size_in_bytes if analysis is not None else 0)
+        return size, _seconds(step, shapes) if _fits(size) else float("inf")
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return size, float("inf")
 
 
 def _seconds(step: Any, shapes: Sequence) -> float:

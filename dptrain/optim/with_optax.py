@@ -14,7 +14,8 @@ def build_optax(
 ) -> optax.GradientTransformation:
     """The optimizer called ``name``, with its learning rate over the run.
 
-    momentum: SGD with momentum 0.9. weight_decay: as torch applies it, to the gradient, or decoupled in adamw.
+    momentum: SGD with momentum 0.9. weight_decay: as torch applies it, to the gradient, or decoupled in
+    adamw.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"There is no schedule {schedule!r}; choose from {', '.join(SCHEDULES)}.")

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
-
-import numpy as np
 import torch
 from torch import Tensor
 
+from dptrain.core import noise as on_host
 from dptrain.core.entropy import Key
-
-from .gaussian import BLOCK, Gaussians, Place, streams_of
-
-_SMALL = 2**14  # numbers
-_BATCHES_A_THREAD = 2  # fewer are not worth a thread: torch's own may still be spinning
 
 
 def noisy_mean(
@@ -51,15 +42,15 @@ def noisy_mean(
         for name, total in sums.items():
             torch.mul(total, 1 / batch_size, out=out[name])
         return out
-    here: dict[torch.dtype, list[str]] = {}
+    here: dict[str, Tensor] = {}
     for name, total in sums.items():
         if total.device.type == "cpu":
-            here.setdefault(total.dtype, []).append(name)
+            here[name] = total
         else:
             source = generator(key.child("parameter", name), total.device)
             add_drawn(total, noise_stddev, batch_size, source, out[name])
-    for names in here.values():
-        _add_in_threads({name: sums[name] for name in names}, noise_stddev, batch_size, key, out)
+    if here:
+        _add_on_cpu(here, noise_stddev, batch_size, key, out)
     return out
 
 
@@ -76,75 +67,21 @@ def add_drawn(total: Tensor, stddev: float, batch_size: float, source: torch.Gen
     torch.add(noise, total, alpha=1 / batch_size, out=out)
 
 
-class _Piece(NamedTuple):
-    """A block of a parameter: its sums ``[n]``, where their noisy means go (maybe there), and its place."""
-
-    total: np.ndarray
-    out: np.ndarray
-    place: Place
-
-
-def _add_in_threads(
+def _add_on_cpu(
     sums: dict[str, Tensor], stddev: float, batch_size: float, key: Key, out: dict[str, Tensor]
 ) -> None:
-    """``noisy_mean`` on the CPU, for sums of one type.
-
-    NumPy and the cipher let go of Python's lock while they work, but who waits for it waits long:
-    so threads share what comes in large pieces, and the small ones are the caller's.
-    """
     results = {
         name: out[name] if out[name].is_contiguous() else torch.empty(total.shape, dtype=total.dtype)
         for name, total in sums.items()
     }
-    pieces = [
-        piece for name, total in sums.items() for piece in _pieces(name, total.contiguous(), results[name])
-    ]
-    step = (stddev, batch_size, key)
-    _add(_batches(piece for piece in pieces if piece.place.size < _SMALL), *step)
-    large = _batches(piece for piece in pieces if piece.place.size >= _SMALL)
-    others = min(torch.get_num_threads(), len(large) // _BATCHES_A_THREAD) - 1
-    with ThreadPoolExecutor(max(1, others)) as pool:
-        shared = iter(large)  # each batch goes to the thread that comes first
-        running = [pool.submit(_add, shared, *step) for _ in range(others)]
-        _add(shared, *step)
-        for thread in running:
-            thread.result()
+    on_host.noisy_mean(
+        {name: total.detach().contiguous().numpy() for name, total in sums.items()},
+        {name: result.detach().numpy() for name, result in results.items()},
+        stddev,
+        batch_size,
+        key,
+        torch.get_num_threads(),
+    )
     for name, result in results.items():
         if result is not out[name]:
             out[name].copy_(result)
-
-
-def _pieces(name: str, total: Tensor, out: Tensor) -> Iterator[_Piece]:
-    streams = streams_of(name)
-    total, out = total.detach().numpy().reshape(-1), out.detach().numpy().reshape(-1)
-    for block, begin in enumerate(range(0, total.size, BLOCK)):
-        part = slice(begin, begin + BLOCK)
-        yield _Piece(total[part], out[part], Place(streams, block, total[part].size))
-
-
-def _batches(pieces: Iterable[_Piece]) -> list[list[_Piece]]:
-    """Of at most ``BLOCK`` numbers each."""
-    batches: list[list[_Piece]] = []
-    pairs = BLOCK
-    for piece in pieces:
-        pairs += piece.place.pairs
-        if pairs > BLOCK // 2:
-            batches.append([])
-            pairs = piece.place.pairs
-        batches[-1].append(piece)
-    return batches
-
-
-def _add(batches: Iterable[list[_Piece]], stddev: float, batch_size: float, key: Key) -> None:
-    """What one thread does."""
-    source = None
-    for batch in batches:
-        pairs = sum(piece.place.pairs for piece in batch)
-        if source is None or source.most_pairs < pairs:
-            source = Gaussians(key, batch[0].total.dtype, stddev, pairs)
-        for piece, noise in zip(batch, source.draw([piece.place for piece in batch])):
-            total, out = piece.total, piece.out
-            if total.size % 2:  # the last of the second row is one too many
-                noise = noise.reshape(-1)[: total.size]
-            noise += total.reshape(noise.shape)
-            np.multiply(noise, noise.dtype.type(1 / batch_size), out=out.reshape(noise.shape))

@@ -240,7 +240,9 @@ def _check(config: TrainConfig) -> None:
             "--cache-features needs --trainable head: only a frozen backbone has fixed features."
         )
     if config.engine == "jax" and config.compile:
-        raise ConfigError("--compile is for --engine torch; the JAX engine compiles every step: leave it out.")
+        raise ConfigError(
+            "--compile is for --engine torch; the JAX engine compiles every step: leave it out."
+        )
     if config.seed is not None and config.seed < 0:
         raise ConfigError(
             f"--seed is {config.seed}: give a number of at least 0, or leave it out for secure randomness."

@@ -7,7 +7,7 @@ arrays with the same names.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -48,16 +48,18 @@ class JaxLearner:
         self.run, self.taken, self.size = run, 0, 0
         self.forward = translated(run.learner, config.model, run.train.num_classes, run.train.input_shape)
         own = dict(run.learner.named_parameters())
-        device = _device(config.device)
-        arrays = {name: jax.device_put(p.detach().cpu().numpy(), device) for name, p in own.items()}
+        self.device = _device(config.device)
+        with self._settings():
+            arrays = {name: jnp.asarray(p.detach().cpu().numpy()) for name, p in own.items()}
         self.params = {name: x for name, x in arrays.items() if own[name].requires_grad}
         self.frozen = {name: x for name, x in arrays.items() if not own[name].requires_grad}
         steps = run.mechanism.steps
         self.optimizer = dpj.private(
             build_optax(config.optimizer, config.lr, config.weight_decay, config.lr_schedule, steps)
         )
-        self.state = self.optimizer.init(self.params)
-        self.average = jax.tree.map(jnp.copy, self.params) if config.weight_average else None
+        with self._settings():
+            self.state = self.optimizer.init(self.params)
+            self.average = jax.tree.map(jnp.copy, self.params) if config.weight_average else None
         clipped = dpj.clipped_grad(
             self._loss, clip_norm=config.clip_norm, method=run.method, batch_argnums=(1, 2)
         )
@@ -89,8 +91,12 @@ class JaxLearner:
             average = jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), average, params)
         return params, state, average
 
-    def _precision(self) -> AbstractContextManager:
-        return jax.default_matmul_precision(PRODUCTS[self.run.config.precision])
+    @contextmanager
+    def _settings(self) -> Iterator[None]:
+        """Where things are computed, and how exactly."""
+        precision = PRODUCTS[self.run.config.precision]
+        with jax.default_device(self.device), jax.default_matmul_precision(precision):
+            yield
 
     def get_ready(self, compiles: Callable[[], None]) -> tuple[int, list[Trial]]:
         run, size = self.run, self.run.config.physical_batch_size
@@ -98,20 +104,28 @@ class JaxLearner:
             size = min(PHYSICAL_BATCH_SIZE, max(1, int(run.mechanism.expected_batch_size)))
         compiles()
         self.size = size
-        with self._precision():
+        with self._settings():
             images, labels = _arrays(run.train.stand_in(size))
             self._add(self._zeros(self.params), self.params, images, labels, self.frozen, np.ones(size, bool))
         return size, []
 
     def steps(self, before_release: BeforeRelease) -> Iterator[Step]:
+        taken = self._steps(before_release)
+        while True:
+            with self._settings():  # but not while the caller does something else
+                step = next(taken, None)
+            if step is None:
+                return
+            yield step
+
+    def _steps(self, before_release: BeforeRelease) -> Iterator[Step]:
         run = self.run
         noise_key, batches = run.key.child("noise"), pieces(run, self.size)
         for index in range(run.mechanism.steps):
             spec = run.mechanism.step(index)
             total, parts = self._zeros(self.params), []
             for batch, mask, is_last in batches:
-                with self._precision():
-                    out = self._add(total, self.params, *_arrays(batch), self.frozen, mask.cpu().numpy())
+                out = self._add(total, self.params, *_arrays(batch), self.frozen, mask.cpu().numpy())
                 total = out.grads
                 if run.config.show_unprotected:
                     parts.append((_tensor(out.losses), _tensor(out.norms), mask.cpu()))

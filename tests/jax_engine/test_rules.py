@@ -139,6 +139,27 @@ def test_rule_8_noise_is_gaussian_and_new_each_time():
     assert dpj.privatize(out, mechanism, Key.from_seed(1)).reproducible
 
 
+def test_rule_8_no_two_parameters_share_their_noise():
+    """Even where their paths look the same."""
+    params = {"x": {"b": jnp.zeros(50)}, "x.b": jnp.zeros(50), "y": [jnp.zeros(50)] * 2, "y.0": jnp.zeros(50)}
+    for spread in (noise.noisy_mean, lambda s, *rest: noise._drawn(s, noise.noise_key(rest[-1]), *rest[:2])):
+        drawn = jax.tree.leaves(spread(params, 1.0, 1.0, Key.from_seed(0)))
+        assert len({tuple(np.asarray(z)) for z in drawn}) == 5
+
+
+def test_on_a_cpu_noise_is_that_of_pytorch():
+    torch = pytest.importorskip("torch")
+    from dptrain.torch.noise import noisy_mean
+
+    sums = {"layer.weight": np.ones((30, 7), np.float32), "layer.bias": np.ones(7, np.float32)}
+    key = Key.from_seed(3)
+    theirs = noisy_mean({n: torch.from_numpy(x) for n, x in sums.items()}, 2.0, 5.0, key)
+    nested = {"layer": {n.removeprefix("layer."): jnp.asarray(x) for n, x in sums.items()}}
+    ours = noise.noisy_mean(nested, 2.0, 5.0, key)
+    for name in sums:
+        np.testing.assert_array_equal(ours["layer"][name.removeprefix("layer.")], theirs[name].numpy())
+
+
 def test_noise_reaches_beyond_what_float32_generators_give():
     z = jax.jit(lambda k: noise.gaussian(k, (2**24,), jnp.dtype("float32")))(jax.random.key(0))
     counted = [int(jnp.sum(jnp.abs(z) > t)) for t in (3.0, 4.0, 5.0)]
@@ -191,6 +212,7 @@ def test_bad_options_are_refused(options, message):
     [
         (linear, {"w": jnp.zeros(3)}, {"x": jnp.ones((4, 3)), "y": jnp.ones(3)}, None, "leading axis"),
         (linear, {"w": jnp.zeros(3)}, {"x": jnp.ones(())}, None, "leading axis"),
+        (linear, {"w": jnp.zeros(3)}, {"x": jnp.ones((0, 3))}, None, "at least one row"),
         (linear, {"w": jnp.zeros(3, int)}, {"x": jnp.ones((4, 3))}, None, "no gradient"),
         (linear, {}, {"x": jnp.ones((4, 3))}, None, "no parameters"),
         (linear, {"w": jnp.zeros(3)}, {"x": jnp.ones((4, 3))}, jnp.ones(3, bool), "mask"),

@@ -11,11 +11,11 @@ import torch
 from scipy import stats
 
 import dptrain.torch as dpt
+from dptrain.core import gaussian
 from dptrain.core.entropy import Key
+from dptrain.core.gaussian import BLOCK, Gaussians, Place, streams_of
+from dptrain.core.keystream import Keystream, streams
 from dptrain.core.mechanism import Mechanism
-from dptrain.torch import gaussian
-from dptrain.torch.gaussian import BLOCK, Gaussians, Place, streams_of
-from dptrain.torch.keystream import Keystream, streams
 from dptrain.torch.noise import add_drawn, generator, noisy_mean
 
 KEY = Key.from_seed(7)  # fixed: these tests pass or fail, they do not flicker

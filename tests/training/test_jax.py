@@ -67,6 +67,21 @@ def test_a_run_leaves_its_files_and_accounts_for_its_steps(quick):
     assert len(shown) == 4 and all(150 < r["batch_size"] < 250 and r["median_norm"] > 0 for r in shown)
 
 
+def test_steps_are_compiled_once(quick, monkeypatch):
+    from dptrain.training import jax_learner
+
+    made = []
+
+    class Spy(jax_learner.JaxLearner):
+        def __init__(self, run):
+            super().__init__(run)
+            made.append(self)
+
+    monkeypatch.setattr(jax_learner, "JaxLearner", Spy)
+    train(quick(engine="jax", weight_average=0.9))
+    assert [f._cache_size() for f in (made[0]._add, made[0]._apply, made[0]._zeros)] == [1, 1, 1]
+
+
 def test_interruption_leaves_weights_and_what_was_spent(quick):
     outcome = train(quick(engine="jax"), StopAfter())
     assert outcome.interrupted and outcome.steps == 2

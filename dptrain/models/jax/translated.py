@@ -1,7 +1,7 @@
 """A PyTorch model as a function for JAX of the same parameters, by the same names.
 
-The paper's architectures have functions of their own; small networks are made of a dozen kinds of layers, each
-of which is a line here. What is neither is refused.
+The paper's architectures have functions of their own; small networks are made of a dozen kinds of layers,
+each of which is a line here. What is neither is refused.
 """
 
 from __future__ import annotations

@@ -10,20 +10,22 @@ import math
 from bisect import bisect
 from functools import lru_cache
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dptrain.core.entropy import Key
-
-from .keystream import COUNTER_BYTES, Keystream, streams
+from dptrain.core.keystream import COUNTER_BYTES, Keystream, streams
 
 BLOCK = 2**19  # numbers: long enough between two turns at Python's lock, scratch that fits a cache
 
 RADII, ANGLES, FURTHER = range(3)  # streams of a parameter
 
 _SMALL = 2**14  # words of 32 bits below it, 1 in 2^18, get 32 further bits
-_WORDS = {np.dtype(np.float32): np.dtype(np.uint32), np.dtype(np.float64): np.dtype(np.uint64)}
+_WORDS: dict[np.dtype[Any], np.dtype[Any]] = {
+    np.dtype(np.float32): np.dtype(np.uint32),
+    np.dtype(np.float64): np.dtype(np.uint64),
+}
 
 
 class Place(NamedTuple):
@@ -81,7 +83,7 @@ class Gaussians:
         words = self._words[: 2 * ends[-1]].reshape(2, -1)
         size = self._dtype.itemsize
         for row, which in zip(words, (RADII, ANGLES)):
-            buffer = memoryview(row).cast("B")
+            buffer = row.data.cast("B")
             for place, begin, end in zip(places, ends, ends[1:]):
                 first = place.block * (BLOCK // 2) * size // COUNTER_BYTES
                 self._source.fill(buffer[begin * size : end * size], place.streams[which] + first)
@@ -97,9 +99,11 @@ class Gaussians:
         turned *= radii
         return [turned[:, begin:end] for begin, end in pairwise(ends)]
 
-    def _inverse_uniform(self, words: np.ndarray, places: list[Place], ends: list[int], out: np.ndarray):
+    def _inverse_uniform(
+        self, words: np.ndarray, places: list[Place], ends: list[int], out: np.ndarray
+    ) -> None:
         """1 / u, ``[pairs]``, for u in (0, 1]."""
-        further = {}
+        further: dict[int, float] = {}
         if self._bits == 64:
             words |= self._word.type(1)  # the middles of 2^63 cells: never 0
         elif np.minimum.reduce(words) < _SMALL:
@@ -120,6 +124,6 @@ class Gaussians:
             found[i] = 2.0**64 / (int(words[i]) * 2**32 + int.from_bytes(lower, "little") + 0.5)
         return found
 
-    def _into(self, out: np.ndarray) -> dict:
+    def _into(self, out: np.ndarray) -> dict[str, Any]:
         """Arguments for a ufunc that reads integers and computes in the type of ``out``."""
         return {"out": out, "dtype": self._dtype, "casting": "unsafe"}
