@@ -361,6 +361,41 @@ def loops_within_loops(key, size):
 
 
 @case
+def layers_over_time(key, size):
+    """A stack of layers at each time step: the outer loop takes the weights whole, the inner one slices them. And
+    a parameter that a loop merely hands on."""
+    k, layers, d = keys(key), 3, 4
+    params = {"w": normal(next(k), layers, d, d), "u": normal(next(k), d, d), "v": normal(next(k), d)}
+
+    def loss(p, e):
+        def turn(h, x):
+            def layer(h, w):
+                return jnp.tanh(h @ w + x @ p["u"]), None
+
+            h, _ = lax.scan(layer, h, p["w"])
+            return h, (h, p["v"])
+
+        h, (hs, vs) = lax.scan(turn, jnp.zeros(d, F), e["x"])
+        return jnp.sum(hs * vs) + jnp.sum(h)
+
+    return loss, params, {"x": normal(next(k), size, 5, d)}
+
+
+@case
+def used_both_ways(key, size):
+    """By a product, which has a rule, and by something that has none."""
+    k = keys(key)
+    params = {"w": normal(next(k), 4, 4)}
+
+    def loss(p, e):
+        return (
+            jnp.sum(jnp.tanh(e["x"] @ p["w"])) + jnp.sum(jnp.sin(p["w"] * e["x"][0])) + jnp.sum(p["w"] ** 3)
+        )
+
+    return loss, params, {"x": normal(next(k), size, 3, 4)}
+
+
+@case
 def branches(key, size):
     """The data choose between branches that use different parameters."""
     k = keys(key)

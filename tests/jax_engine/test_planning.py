@@ -11,7 +11,7 @@ import pytest
 
 import dptrain.jax as dpj
 from dptrain.core.methods import Capture
-from dptrain.jax import planner, stopwatch
+from dptrain.jax import gram, planner, stopwatch
 from dptrain.jax.bookkeeping import Route
 
 from . import oracle
@@ -115,6 +115,34 @@ def test_routes_by_cost(positions, k, n, route):
     loss, params, batch = wide(positions, k, n)
     (part,) = dpj.clipped_grad(loss, clip_norm=0.1).plan(params, batch).parts
     assert part.route is route
+
+
+@pytest.mark.parametrize("positions", [1, 2, 7, 40])
+def test_gram_norms_are_within_their_bound(positions):
+    """In float32, with positions that cancel; against float64. And the bound is no larger than need be."""
+    numbers = np.random.default_rng(positions)
+    for scale in (1.0, 1e-2, 1e-4):
+        rows = numbers.standard_normal((64, 2, positions, 300)).astype(np.float32)
+        cols = np.broadcast_to(numbers.standard_normal((64, 2, 1, 50)), (64, 2, positions, 50))
+        cols = (cols + scale * numbers.standard_normal(cols.shape)).astype(np.float32)
+        if positions > 1:
+            rows[:, :, positions // 2 :] = -rows[:, :, : positions - positions // 2]
+        true = np.einsum("betr,betc->berc", rows.astype(float), cols.astype(float))
+        true = np.square(true).sum((1, 2, 3))
+        squared, bound = (np.asarray(x) for x in gram.squared_norms(jnp.asarray(rows), jnp.asarray(cols)))
+        assert squared.dtype == np.float32
+        assert (np.abs(squared - true) <= bound).all()
+        worst = np.square(rows).sum((1, 2, 3)) * np.square(cols).sum((1, 2, 3))
+        assert (bound <= 1e-3 * worst).all()
+
+
+def test_what_is_repeated_is_tapped_where_it_is_small():
+    def loss(p, e):
+        return jnp.sum(jnp.tanh(e["x"] + p["b"]) * jnp.broadcast_to(p["s"].reshape(1, 1, 3), (2, 5, 3)))
+
+    params, batch = {"b": jnp.ones(3), "s": jnp.ones((3, 1))}, {"x": jnp.ones((4, 2, 5, 3))}
+    plan = dpj.clipped_grad(loss, clip_norm=0.1).plan(params, batch)
+    assert [v.aval.size for part in plan.parts for v in part.group.values] == [3, 3]
 
 
 def test_routes_of_methods():
