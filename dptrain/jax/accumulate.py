@@ -35,6 +35,7 @@ def accumulate(
     Raises:
         ValueError: N is no multiple of the physical batch size.
     """
+    batch, mask = jax.tree.map(jnp.asarray, (batch, mask))
     size, rows = len(mask), physical_batch_size
     if rows < 1 or size % rows:
         raise ValueError(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .call import Call
-from .factors import clip_factors, sum_of_squares, weighted_sum
+from .factors import clip_factors, norm_type, sum_of_squares, weighted_sum
 from .uses import accumulated
 
 
@@ -41,7 +41,7 @@ def vectorised(clip_norm: float) -> Callable:
         gradient = jax.value_and_grad(_losses(call), has_aux=True)
         (losses, aux), gradients = jax.vmap(gradient, (None, 0))(call.parameters, call.data)
         gradients = [_wide(g) for g in gradients]
-        squared = sum_of_squares(gradients, 1)
+        squared = sum_of_squares(gradients, 1).astype(norm_type(call.parameters))
         factors = clip_factors(squared, mask, clip_norm)
 
         def together() -> tuple:
@@ -75,7 +75,7 @@ def looped(clip_norm: float) -> Callable:
             example, here = item
             (loss, aux), grads = gradient(call.parameters, example)
             grads = [_wide(g) for g in grads]
-            squared = sum_of_squares(grads)
+            squared = sum_of_squares(grads).astype(norm_type(call.parameters))
             factor = clip_factors(squared, here, clip_norm)
             sums = [s + jnp.where(factor > 0, factor.astype(g.dtype) * g, 0) for s, g in zip(sums, grads)]
             return sums, (jnp.sqrt(squared), loss, aux)

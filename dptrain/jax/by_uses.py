@@ -11,7 +11,7 @@ from .baselines import in_parts, unless_infinite
 from .bookkeeping import Bookkeeping
 from .call import Call
 from .capture import Capture
-from .factors import clip_factors
+from .factors import clip_factors, norm_type
 from .planner import Plan
 from .program import run
 from .uses import accumulated
@@ -36,7 +36,7 @@ class ByUses:
     def _clip(self, call: Call, inputs: dict, values: list, mask: Array) -> tuple:
         captured = self.capture(values, call.data)
         books = Bookkeeping(self.plan.parts, captured, call.parameters, inputs)
-        squared = books.squared_norms()
+        squared = books.squared_norms().astype(norm_type(call.parameters))
         factors = clip_factors(squared, mask, self.clip_norm)
         if self.plan.second_backward:
             # Behind a barrier, or the compiler would find that it has all this already.

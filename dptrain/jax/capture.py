@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .program import Equation, Loop, Operation, Program, Recomputed, Value
-from .split import Split
+from .program import Equation, Loop, Operation, Program, Recomputed, Value, behind
+from .split import Leaves, Split
 from .uses import Rule, Stacking, rule_for
 
 #: arrays by number of use
@@ -73,12 +73,24 @@ class Capture:
         self.uses: list[Use] = []
         self.direct: dict[Value, None] = {}
         self._use_of: dict[Operation, Use] = {}
-        here = {v: (v, Stacking()) for v in split.values if split.leaves.get(v) and v.is_floating}
-        self._look(split.data, here)
+        here = {v: (v, Stacking()) for v in split.values if split.leaves.get(v) and v.has_gradient}
+        # What the loss returns besides, or prints, has no part in its gradient.
+        loss = split.data.outputs[:1]
+        self._look(behind(split.data.equations, loss), loss, here)
 
-    def _look(self, program: Program, names: dict[Value, tuple[Value, Stacking]]) -> None:
+    @property
+    def leaves(self) -> Leaves:
+        """The parameters that have a part in the loss."""
+        return self.split.leaves_of([use.value for use in self.uses] + list(self.direct))
+
+    def _look(
+        self,
+        equations: Sequence[Equation],
+        outputs: Sequence[Value],
+        names: dict[Value, tuple[Value, Stacking]],
+    ) -> None:
         """Find the uses; ``names`` says which value of the top each value of this body is."""
-        for equation in program.equations:
+        for equation in equations:
             if isinstance(equation, Operation):
                 self._look_at(equation, names)
                 continue
@@ -91,11 +103,13 @@ class Capture:
                     inside[inner] = value, stacking
                 elif equation.constants <= position < equation.constants + equation.carries:
                     self.direct[value] = None  # the first state of a loop
+                elif equation.length == 0:
+                    self.direct[value] = None
                 else:
                     sliced = position >= equation.constants
                     inside[inner] = value, stacking.within(equation.length, sliced)
-            self._look(equation.body, inside)
-        self.direct.update((names[v][0], None) for v in program.outputs if v in names)
+            self._look(equation.body.equations, equation.body.outputs, inside)
+        self.direct.update((names[v][0], None) for v in outputs if v in names)
 
     def _look_at(self, operation: Operation, names: dict[Value, tuple[Value, Stacking]]) -> None:
         for position, v in enumerate(operation.inputs):

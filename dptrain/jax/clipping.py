@@ -24,7 +24,8 @@ from .errors import Refused
 from .planner import Plan, is_worth_measuring, parts_to_try, routed
 from .program import written_out
 from .pullback import groups
-from .split import Split, split
+from .split import split
+from .versions import calls_back, draws_together
 
 
 def clipped_grad(
@@ -186,6 +187,11 @@ class ClippedGrad:
                 )
                 rebuilt.append(jax.tree.unflatten(tree, leaves))
             out = self.loss_fn(*rebuilt)
+            if self.has_aux != (isinstance(out, tuple) and len(out) == 2):
+                raise ValueError(
+                    "with has_aux=True a loss returns (scalar, aux), and without it the scalar alone; has_aux "
+                    f"is {self.has_aux}, and it returned {type(out).__name__}."
+                )
             value, aux = out if self.has_aux else (out, None)
             if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
                 raise ValueError(
@@ -207,23 +213,41 @@ class ClippedGrad:
         """The plan, and the function ``(call, mask) -> (sums, norms, losses, aux)`` that follows it."""
         capture, size = self.method.capture, call.size
         closed = self._traced(call)
-        divided = self._divided(call, closed)
+        n, m = len(call.parameters), len(call.data)
+        program = written_out(closed)
+        divided = split(program, program.inputs[:n], program.inputs[n : n + m])
+        found = Capture(divided)
+        self._check_coverage(call, found)
+        looped = Plan(methods.Capture.LOOP, 1), baselines.looped(self.clip_norm)
         if capture is methods.Capture.NONE:
             return Plan(capture, size), baselines.non_private
+        if capture is methods.Capture.LOOP:
+            return looped
+        if draws_together(closed):
+            if capture is methods.Capture.PLANNED:
+                return looped
+            raise Refused(
+                "the loss draws random numbers by keys of the kind rbg, which under vmap all come from the "
+                "first example's key: use threefry keys, or method='per-example-loop'."
+            )
         if capture is methods.Capture.VMAP:
             return Plan(capture, size), baselines.vectorised(self.clip_norm)
-        if capture is methods.Capture.LOOP:
-            return Plan(capture, 1), baselines.looped(self.clip_norm)
-        found = Capture(divided)
         used = dict.fromkeys([use.value for use in found.uses] + list(found.direct))
-        routes = routed(self.method, parts(found, groups(divided, used)), jax.default_backend())
+        grouped = groups(divided, used)
+        if rounding := next((g.rounds for g in grouped if g.rounds), None):
+            if capture is methods.Capture.PLANNED:
+                return looped
+            raise Refused(
+                f"parameters pass through {rounding} in a type narrower than float32 before they meet data, where "
+                "a clipped sum would be rounded: do that in float32, or use method='per-example-loop'."
+            )
+        routes = routed(self.method, parts(found, grouped), jax.default_backend())
         second = self.method.sum is methods.Sum.SECOND_BACKWARD
         by_uses = Plan(methods.Capture.USES, self.rows or size, second, routes)
         ways = {"whole": (by_uses, ByUses(found, by_uses, self.clip_norm))}
         measured = self.memory_budget is not None or is_worth_measuring(routes, size)
         if capture is methods.Capture.PLANNED and self.rows is None and measured:
-            loop = Plan(methods.Capture.LOOP, 1)
-            ways["loop"] = loop, baselines.looped(self.clip_norm)
+            ways["loop"] = looped
             for rows in parts_to_try(size):
                 plan = replace(by_uses, rows=rows)
                 ways[f"rows {rows}"] = plan, ByUses(found, plan, self.clip_norm)
@@ -231,8 +255,9 @@ class ClippedGrad:
         return ways["whole"]
 
     def _fastest(self, call: Call, closed: Any, ways: dict[str, tuple[Plan, Callable]]) -> str:
-        if any(isinstance(c, jax.core.Tracer) for c in closed.consts):
-            return "whole"  # the loss closes over values of a function that is being traced
+        # The loss closes over values of a function that is being traced, or does more than to compute.
+        if any(isinstance(c, jax.core.Tracer) for c in closed.consts) or calls_back(closed):
+            return "whole"
         shapes = [
             [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves]
             for leaves in (call.parameters, call.data, call.others)
@@ -253,12 +278,9 @@ class ClippedGrad:
         example = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in call.data]
         return jax.make_jaxpr(call.loss)(call.parameters, example, call.others)
 
-    def _divided(self, call: Call, closed: Any) -> Split:
-        """The loss of one example, split; every parameter has a part in it."""
-        program = written_out(closed)
-        n, m = len(call.parameters), len(call.data)
-        divided = split(program, program.inputs[:n], program.inputs[n : n + m])
-        used = divided.leaves_of(divided.values)
+    def _check_coverage(self, call: Call, found: Capture) -> None:
+        """Every parameter has a part in the loss."""
+        used = found.leaves
         unused = [name for i, name in enumerate(call.names) if i not in used]
         if unused and not self.allow_unused:
             listed = ", ".join(unused[:3]) + (f" and {len(unused) - 3} more" if len(unused) > 3 else "")
@@ -266,7 +288,6 @@ class ClippedGrad:
                 f"the loss does not depend on {listed}: leave out of the parameters what is not trained, or "
                 "pass allow_unused=True to give it noise and nothing else."
             )
-        return divided
 
 
 def _stand_ins(data: list[Array], mask: Array) -> list[Array]:

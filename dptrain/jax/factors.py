@@ -15,6 +15,11 @@ def clip_factors(squared: Array, mask: Array, clip_norm: float) -> Array:
     return jnp.where(mask & jnp.isfinite(squared), factor, 0.0)
 
 
+def norm_type(parameters: Sequence[Array]) -> jnp.dtype:
+    """In which norms over all parameters are taken: float32, or the widest of theirs."""
+    return jnp.result_type(jnp.float32, *(p.dtype for p in parameters if p.dtype.itemsize > 1))
+
+
 def sum_of_squares(gradients: Sequence[Array], first: int = 0) -> Array:
     """Over all axes from ``first`` on, and over the arrays."""
     return sum(jnp.sum(jnp.square(g), tuple(range(first, g.ndim))) for g in gradients)  # type: ignore

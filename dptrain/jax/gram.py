@@ -10,7 +10,8 @@ The terms cancel, so rounding is bounded and not hoped for (rule 7). With ``gamm
 
     gamma_R |R|^2 ||C C^T|| + gamma_C |C|^2 ||R R^T|| + gamma_S ||R R^T|| ||C C^T||
 
-in Frobenius norms, with gamma_S of the sum over positions and groups, which is taken axis by axis.
+in Frobenius norms, with gamma_S of the sum over positions and groups, which is taken axis by axis. To this
+comes what is lost where products of small numbers vanish while their partners are large: ``_underflow``.
 """
 
 from __future__ import annotations
@@ -44,14 +45,15 @@ def squared_norms(rows: Array, cols: Array) -> tuple[Array, Array]:
     r2, c2 = (jnp.sum(jnp.square(x), 3) for x in (rows, cols))  # [B, E, T]
     if positions == 1:
         squared = jnp.sum(r2 * c2, (1, 2))
-        return squared, _gamma(rows.shape[3] + cols.shape[3] + groups, dtype) * squared
+        bound = _gamma(rows.shape[3] + cols.shape[3] + groups, dtype) * squared
+        return squared, bound + _underflow(rows, cols, r2, c2)
     rr, cc = products(rows), products(cols)
     squared, rr2, cc2 = _total(rr * cc), _total(rr * rr), _total(cc * cc)
     rr, cc = jnp.sqrt(rr2), jnp.sqrt(cc2)
     bound = _chunked_gamma(rows.shape[3], dtype) * jnp.sum(r2, (1, 2)) * cc
     bound += _chunked_gamma(cols.shape[3], dtype) * jnp.sum(c2, (1, 2)) * rr
     bound += _gamma(2 * positions + groups + 8, dtype) * rr * cc
-    return squared, SLACK * bound
+    return squared, SLACK * bound + _underflow(rows, cols, r2, c2)
 
 
 def products(x: Array) -> Array:
@@ -61,6 +63,15 @@ def products(x: Array) -> Array:
         part = x[..., start : start + CHUNK]
         total += lax.optimization_barrier(jnp.einsum("betf,besf->bets", part, part, precision=EXACT))
     return total
+
+
+def _underflow(rows: Array, cols: Array, r2: Array, c2: Array) -> Array:
+    """A bound ``[B]``: every entry of C C^T, a sum of C products, may be off by C times the smallest normal
+    number, and is multiplied by an entry of R R^T; and the other way round. The entries of R R^T add up to at
+    most T |R|^2."""
+    positions, tiny = rows.shape[2], jnp.finfo(rows.dtype).tiny
+    of_rows = (cols.shape[3] * positions * tiny) * jnp.sum(r2, (1, 2))
+    return of_rows + (rows.shape[3] * positions * tiny) * jnp.sum(c2, (1, 2))
 
 
 def _total(block: Array) -> Array:

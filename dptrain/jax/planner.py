@@ -18,6 +18,10 @@ from .uses import Table
 OPERATIONS_PER_BYTE = {"cpu": 6.0, "gpu": 20.0, "tpu": 100.0}
 
 
+#: terms of a sum beyond which no useful bound on the rounding of a Gram norm exists
+LONGEST = 2**20
+
+
 @dataclass(frozen=True)
 class Plan:
     """How a physical batch is clipped.
@@ -52,6 +56,8 @@ def _route(method: Method, part: Part, device: str) -> Route:
     match method.norm:
         case methods.Norm.MATERIALISE:
             return formed
+        case _ if max(shape.d_in, shape.d_out, shape.positions * shape.groups) > LONGEST:
+            return formed if not isinstance(single.rule, Table) else Route.GRAM
         case methods.Norm.GRAM:
             return Route.GRAM
         case methods.Norm.CHEAPER:

@@ -33,7 +33,8 @@ class PrivateTraining:
     """What ``make_private`` returns. ``steps()`` trains.
 
     Attributes:
-        params, optimizer_state: as they are after the steps taken so far.
+        params, optimizer_state: as they are after the steps taken so far. A step gives their memory to the
+            next ones: copy what is to outlive it.
     """
 
     def __init__(
@@ -100,7 +101,8 @@ def gather(dataset: Any, indices: np.ndarray) -> Any:
 
 
 def is_tree_of_arrays(dataset: Any) -> bool:
-    if not isinstance(dataset, Mapping | tuple | list) and not hasattr(dataset, "dtype"):
+    """A list is a sequence of examples; a dictionary, a tuple or an array is the whole in arrays."""
+    if not isinstance(dataset, Mapping | tuple) and not hasattr(dataset, "dtype"):
         return False
     leaves = jax.tree.leaves(dataset)
     return bool(leaves) and all(hasattr(x, "shape") and hasattr(x, "dtype") for x in leaves)
@@ -159,6 +161,8 @@ def make_private(
             )
     if not isinstance(physical_batch_size, int) or physical_batch_size < 1:
         raise ValueError(f"physical_batch_size must be a positive integer, not {physical_batch_size!r}.")
+    if key is not None and not isinstance(key, Key):
+        raise TypeError("key must be a dptrain.core.entropy.Key: Key.from_entropy() makes one.")
     key = key or Key.from_entropy()
     return PrivateTraining(
         loss_fn, params, optimizer, dataset, mechanism, physical_batch_size, method, key, masked

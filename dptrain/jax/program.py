@@ -28,7 +28,13 @@ class Value:
 
     @property
     def is_floating(self) -> bool:
+        """Whether the rules of ``uses.py`` apply to it."""
         return jnp.issubdtype(self.aval.dtype, jnp.floating)
+
+    @property
+    def has_gradient(self) -> bool:
+        """Complex values have one, and no rule."""
+        return jnp.issubdtype(self.aval.dtype, jnp.inexact)
 
 
 @dataclass(eq=False)
@@ -208,6 +214,16 @@ def _equation(
 def _opened(jaxpr: Any) -> tuple[versions.Jaxpr, Sequence[Any]]:
     """A jaxpr and what it closes over, of one that is closed or not."""
     return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, versions.ClosedJaxpr) else (jaxpr, ())
+
+
+def behind(equations: Iterable[Equation], wanted: Iterable[Value]) -> list[Equation]:
+    """The equations that ``wanted`` depends on, and no others."""
+    needed, kept = set(wanted), []
+    for equation in reversed(list(equations)):
+        if needed.intersection(equation.outputs):
+            kept.append(equation)
+            needed.update(equation.inputs)
+    return kept[::-1]
 
 
 def walk(equations: Iterable[Equation]) -> Iterator[Equation]:

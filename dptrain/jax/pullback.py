@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from . import versions
-from .program import Equation, Loop, Operation, Program, Recomputed, Value, without_the_unused
+from .program import Equation, Loop, Operation, Program, Recomputed, Value, walk, without_the_unused
 from .split import Split
 from .uses import accumulated
 
@@ -51,6 +51,11 @@ class Group:
     alone: bool
     program: Program
 
+    @property
+    def rounds(self) -> str | None:
+        """An operation that would round a clipped sum on its way back, and cannot be widened."""
+        return next((e.eqn.primitive.name for e in walk(self.program.equations) if _rounds(e)), None)
+
     def pull(self, parameters: Sequence[Array], constants: Mapping[Value, Array]) -> Pull:
         """The way back at these parameters."""
         return Pull(self, parameters, constants)
@@ -68,13 +73,14 @@ class Pull:
             return _run_wide(group.program, values)
 
         here = [_wide(parameters[i]) for i in group.leaves]
+        self._like = jax.eval_shape(forward, here)
         if group.alone:
             self._apply = jax.linear_transpose(forward, here)
         else:
             self._apply = jax.vjp(forward, here)[1]
 
     def __call__(self, gradients: Sequence[Array]) -> list[Array]:
-        return self._apply(list(gradients))[0]
+        return self._apply([g.astype(s.dtype) for g, s in zip(gradients, self._like)])[0]
 
 
 def groups(split: Split, used: Iterable[Value]) -> list[Group]:
@@ -131,6 +137,14 @@ def _source_of_stack(loop: Loop, value: Value) -> Value | None:
 # rounded to bfloat16, so the pure part is differentiated as it would be without the cast.
 
 
+#: operations that do the same in any floating-point type
+WIDENED = REARRANGE | {
+    "add", "concatenate", "cos", "div", "dot_general", "dynamic_slice", "exp", "exp2", "gather",
+    "integer_pow", "log", "logistic", "max", "min", "mul", "neg", "pad", "pow", "reduce_max", "reduce_sum",
+    "rsqrt", "select_n", "sin", "slice", "sqrt", "square", "stop_gradient", "sub", "tanh",
+}  # fmt: skip
+
+
 def _wide(x: Any) -> Any:
     return x.astype(accumulated(x.dtype)) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
@@ -165,6 +179,10 @@ def _evaluate_wide(equation: Equation, read: list) -> list:
 
     carry, stacks = equation.call(step, carry, slices)
     return [*carry, *stacks]
+
+
+def _rounds(equation: Equation) -> bool:
+    return isinstance(equation, Operation) and _is_narrow(equation) and equation.name not in WIDENED
 
 
 def _is_narrow(equation: Equation) -> bool:

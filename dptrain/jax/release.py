@@ -42,7 +42,11 @@ class PrivateGradient:
     def __init__(self, grads: Any, spec: StepSpec, reproducible: bool, door: Any = None):
         if door is not _DOOR:
             raise TypeError("only dptrain.jax.privatize makes a PrivateGradient.")
-        self.grads, self.spec, self.reproducible = grads, spec, reproducible
+        for name, value in (("grads", grads), ("spec", spec), ("reproducible", reproducible)):
+            object.__setattr__(self, name, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError("a PrivateGradient is not changed: its map method gives a post-processed one.")
 
     def map(self, function: Callable) -> PrivateGradient:
         """Post-process: ``function(grads) -> grads`` on the whole tree."""
@@ -89,6 +93,11 @@ def checked(clipped_sum: ClippedSum, mechanism: Mechanism | StepSpec) -> StepSpe
         raise TypeError("privatize needs a Mechanism or the StepSpec of this step.")
     if isinstance(mechanism, Mechanism) and len(mechanism.segments) > 1:
         raise ValueError("this mechanism changes from step to step: pass mechanism.step(i).")
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(clipped_sum)):
+        raise TypeError(
+            "privatize takes its key from the host, and a compiled function would draw the same noise each time: "
+            "call it outside of jax.jit."
+        )
     bounded = math.isfinite(clipped_sum.clip_norm)
     if bounded and not math.isclose(clipped_sum.clip_norm, spec.sensitivity, rel_tol=1e-12):
         raise ValueError(

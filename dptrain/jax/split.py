@@ -118,7 +118,9 @@ class _Splitter:
 
     def _settle(self, equation: Equation) -> None:
         leaves = self.of(equation.inputs)
-        self.leaves.update((v, leaves) for v in equation.outputs)
+        if isinstance(equation, Operation) and equation.name == "stop_gradient":
+            leaves = frozenset()
+        self.leaves.update((v, leaves if v.has_gradient else frozenset()) for v in equation.outputs)
 
     # -- repeated values -----------------------------------------------------------------------------------
 

@@ -32,6 +32,9 @@ EXACT = lax.Precision.HIGHEST
 
 def rule_for(operation: Operation, position: int) -> Rule | None:
     """The rule, if there is one, of an operation whose input number ``position`` is parameter-only."""
+    values = (*operation.inputs, *operation.outputs)
+    if any(v.aval.size == 0 for v in values) or not operation.inputs[position].is_floating:
+        return None
     for kind in (Product, Convolution, Table):
         if kind.fits(operation, position):
             return kind(operation, position)
@@ -86,11 +89,19 @@ class Rule:
 
 def accumulated(dtype: jnp.dtype) -> jnp.dtype:
     """The type in which gradients of this type are normed and summed: float32 or better."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.promote_types(dtype, jnp.float32) if jnp.dtype(dtype).itemsize > 1 else jnp.dtype("float32")
 
 
 def _floating_as(x: Array, dtype: jnp.dtype) -> Array:
     return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+def _together(a: Array, g: Array) -> tuple[Array, Array]:
+    """Both in one type; on a CPU, whose products know few mixtures of types, in that of the sum."""
+    dtype = jnp.promote_types(a.dtype, g.dtype)
+    if jax.default_backend() == "cpu":
+        dtype = accumulated(dtype)
+    return a.astype(dtype), g.astype(dtype)
 
 
 def _size(shape: Sequence[int], axes: Sequence[int]) -> int:
@@ -131,9 +142,10 @@ class Product(Rule):
         first_a = 1 + n_batch + (n_w if self.position == 0 else 0)
         contracted = ([0, *(i + 1 for i in self.a_free)], [0, *range(first_a, first_a + n_a)])
         batch = ([i + 1 for i in self.a_batch], list(range(1, 1 + n_batch)))
+        a, g = _together(a, g)
         out = lax.dot_general(
             a,
-            g.astype(jnp.promote_types(a.dtype, g.dtype)),
+            g,
             (contracted, batch),
             precision=EXACT,
             preferred_element_type=accumulated(g.dtype),
@@ -196,11 +208,11 @@ class Convolution(Rule):
         return stack.reshape(*stack.shape[:3], -1)
 
     def example_gradient(self, a: Array, g: Array) -> Array:
-        rows, cols = self.factors(a, g)
+        rows, cols = _together(*self.factors(a, g))
         out = jnp.einsum(
             "etr,etc->ecr",
             rows,
-            cols.astype(jnp.promote_types(rows.dtype, cols.dtype)),
+            cols,
             precision=EXACT,
             preferred_element_type=accumulated(g.dtype),
         )
@@ -238,12 +250,18 @@ class Table(Rule):
 
     def picked(self, a: Array, g: Array) -> tuple[Array, Array]:
         """Row numbers ``[T]`` and gradients ``[T, D]``; rows that the gradient misses have number -1."""
-        rows, last = a.reshape(-1), self.value.shape[0] - 1
+        rows, last = self._numbers(a.reshape(-1)), self.value.shape[0] - 1
         if "FILL" in str(self.operation.params["mode"]).upper():
             rows = jnp.where((rows >= 0) & (rows <= last), rows, -1)
         else:
             rows = rows.clip(0, last)
         return rows, g.reshape(len(rows), -1)
+
+    def _numbers(self, indices: Array) -> Array:
+        """Indices in a type that can hold -1 and any row, and one beyond the last."""
+        last, most = self.value.shape[0] - 1, jnp.iinfo(indices.dtype).max
+        wide = indices.astype(jnp.promote_types(jnp.result_type(int), jnp.int32))
+        return jnp.where(indices > last, last + 1, wide) if most > last else wide
 
     def squared_norm(self, a: Array, g: Array) -> Array:
         """Exactly, from the sums over equal indices: nothing of the table's size is formed."""

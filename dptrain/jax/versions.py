@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxprs_in_params
 
 __all__ = [
     "CALLS",
@@ -21,6 +21,8 @@ __all__ = [
     "Literal",
     "abstract",
     "bind",
+    "calls_back",
+    "draws_together",
     "keys_like",
     "loop_parts",
 ]
@@ -63,3 +65,35 @@ def bind(eqn: JaxprEqn, values: list, params: dict | None = None) -> list:
     with eqn.ctx.manager:
         out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(params))
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def draws_together(closed: ClosedJaxpr) -> bool:
+    """Whether random numbers are drawn by keys of the kind rbg anywhere: under ``vmap``, JAX draws those of all
+    rows by the key of the first."""
+
+    def is_rbg(atom: Any) -> bool:
+        dtype = getattr(atom.aval, "dtype", None)
+        known = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+        return known and "rbg" in str(dtype)
+
+    def look(jaxpr: Jaxpr) -> bool:
+        return any(
+            eqn.primitive.name == "rng_bit_generator"
+            or any(map(is_rbg, (*eqn.invars, *eqn.outvars)))
+            or any(map(look, jaxprs_in_params(eqn.params)))
+            for eqn in jaxpr.eqns
+        )
+
+    return look(closed.jaxpr)
+
+
+def calls_back(closed: ClosedJaxpr) -> bool:
+    """Whether the host is called on the way, to print, say."""
+
+    def look(jaxpr: Jaxpr) -> bool:
+        return any(
+            "callback" in eqn.primitive.name or any(map(look, jaxprs_in_params(eqn.params)))
+            for eqn in jaxpr.eqns
+        )
+
+    return bool(closed.effects) or look(closed.jaxpr)

@@ -362,8 +362,8 @@ def loops_within_loops(key, size):
 
 @case
 def layers_over_time(key, size):
-    """A stack of layers at each time step: the outer loop takes the weights whole, the inner one slices them. And
-    a parameter that a loop merely hands on."""
+    """A stack of layers at each time step: the outer loop takes the weights whole, the inner one slices them.
+    And a parameter that a loop merely hands on."""
     k, layers, d = keys(key), 3, 4
     params = {"w": normal(next(k), layers, d, d), "u": normal(next(k), d, d), "v": normal(next(k), d)}
 

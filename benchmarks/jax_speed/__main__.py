@@ -145,7 +145,7 @@ def measure(case: Case, methods: list[str], size: int, limit_s: float, say: Call
             results[name]["float64"] = {"error_of_sum": in_float64(case, name)}
     where = environment(jax.default_backend())
     where["versions"] = {n: version_of(n) for n in ("jax", "jaxlib", "optax", "jax-privacy", "numpy")}
-    where["command"] = where["command"].replace("benchmarks.speed", "benchmarks.jax")
+    where["command"] = where["command"].replace("benchmarks.speed", "benchmarks.jax_speed")
     return {
         "kind": "speed in JAX",
         "case": {
@@ -183,7 +183,7 @@ def summarise(results: dict[str, dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.jax", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.jax_speed", description=__doc__)
     parser.add_argument("case", choices=CASES)
     parser.add_argument("--method", default="auto,per-example-vmap,jax-privacy")
     parser.add_argument("--batch", type=int)
