@@ -189,8 +189,8 @@ class ClippedGrad:
             out = self.loss_fn(*rebuilt)
             if self.has_aux != (isinstance(out, tuple) and len(out) == 2):
                 raise ValueError(
-                    "with has_aux=True a loss returns (scalar, aux), and without it the scalar alone; has_aux "
-                    f"is {self.has_aux}, and it returned {type(out).__name__}."
+                    "with has_aux=True a loss returns (scalar, aux), and without it the scalar alone; "
+                    f"has_aux is {self.has_aux}, and it returned {type(out).__name__}."
                 )
             value, aux = out if self.has_aux else (out, None)
             if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
@@ -238,8 +238,8 @@ class ClippedGrad:
             if capture is methods.Capture.PLANNED:
                 return looped
             raise Refused(
-                f"parameters pass through {rounding} in a type narrower than float32 before they meet data, where "
-                "a clipped sum would be rounded: do that in float32, or use method='per-example-loop'."
+                f"parameters pass through {rounding} in a type narrower than float32 before they meet data, "
+                "where a clipped sum would be rounded: do that in float32, or use method='per-example-loop'."
             )
         routes = routed(self.method, parts(found, grouped), jax.default_backend())
         second = self.method.sum is methods.Sum.SECOND_BACKWARD

@@ -95,8 +95,8 @@ def checked(clipped_sum: ClippedSum, mechanism: Mechanism | StepSpec) -> StepSpe
         raise ValueError("this mechanism changes from step to step: pass mechanism.step(i).")
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(clipped_sum)):
         raise TypeError(
-            "privatize takes its key from the host, and a compiled function would draw the same noise each time: "
-            "call it outside of jax.jit."
+            "privatize takes its key from the host, and a compiled function would draw the same noise each "
+            "time: call it outside of jax.jit."
         )
     bounded = math.isfinite(clipped_sum.clip_norm)
     if bounded and not math.isclose(clipped_sum.clip_norm, spec.sensitivity, rel_tol=1e-12):

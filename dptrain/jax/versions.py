@@ -68,8 +68,8 @@ def bind(eqn: JaxprEqn, values: list, params: dict | None = None) -> list:
 
 
 def draws_together(closed: ClosedJaxpr) -> bool:
-    """Whether random numbers are drawn by keys of the kind rbg anywhere: under ``vmap``, JAX draws those of all
-    rows by the key of the first."""
+    """Whether random numbers are drawn by keys of the kind rbg anywhere: under ``vmap``, JAX draws those of
+    all rows by the key of the first."""
 
     def is_rbg(atom: Any) -> bool:
         dtype = getattr(atom.aval, "dtype", None)

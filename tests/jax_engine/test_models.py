@@ -64,7 +64,8 @@ def test_logits_and_clipped_sums_are_those_of_torch(name, ours, size, tolerance)
         clipped = dpj.clipped_grad(loss, clip_norm=1.0, method=method, has_aux=True)
         here = clipped(cast, (pixels, labels), mask=mask)
         batch = (torch.from_numpy(pixels), torch.from_numpy(labels))
-        there = dpt.clipped_grad(model, torch_loss, clip_norm=1.0)(batch, torch.from_numpy(mask))
+        there = dpt.clipped_grad(model, torch_loss, clip_norm=1.0, method=method)
+        there = there(batch, torch.from_numpy(mask))
         with torch.no_grad():
             logits = model(batch[0]).numpy()[mask]
         off = sum(float(np.sum((np.asarray(here.grads[n]) - g.numpy()) ** 2)) for n, g in there.grads.items())
@@ -74,7 +75,8 @@ def test_logits_and_clipped_sums_are_those_of_torch(name, ours, size, tolerance)
     logits, sums = both("float64", "bk-mix-opt")
     assert logits < 1e-9 and sums < 1e-9
     if tolerance:
-        logits, sums = both("float32", "bk-mix-opt")
+        # Gram norms in float32 are rounded up by a bound on their error, which differs between the two.
+        logits, sums = both("float32", "per-example")
         assert logits < tolerance and sums < tolerance
 
 
