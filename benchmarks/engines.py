@@ -1,6 +1,6 @@
 """The same private run on both engines, over seeds: does the framework change the accuracy?
 
-python benchmarks/engines.py --data-dir DATA --weights vit_tiny_patch16_224.safetensors --out results/...
+python -m benchmarks.engines --data-dir DATA --weights vit_tiny_patch16_224.safetensors --out results/...
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main() -> None:
         "environment": environment(),
         "accuracy": accuracy,
     }
-    record["environment"]["command"] = "python benchmarks/engines.py"
+    record["environment"]["command"] = "python -m benchmarks.engines"
     save(record, given.out)
 
 

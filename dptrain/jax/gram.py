@@ -24,8 +24,8 @@ from dptrain.core import precision
 from .uses import EXACT, accumulated
 
 #: features are summed by chunks, so that the error grows with the size of one and the number of them; on a
-#: CPU the copies that chunks need cost more than the products
-CHUNK = 4096
+#: CPU the copies that smaller chunks need cost more than the products
+CHUNK = 1024
 #: what second-order terms and the rounding of the bound itself can come to
 SLACK = 1.01
 #: the largest error, relative to the squared norm, that is accepted
