@@ -126,8 +126,7 @@ def show_plan(console: Console, run: Run, folder: RunFolder) -> None:
         if run.key.reproducible
         else "operating system",
     )
-    engine = f"JAX on {config.device}" if config.engine == "jax" else str(run.device)
-    table.add_row("device", f"{engine}, {config.precision}{', compiled' if config.compile else ''}")
+    table.add_row("device", f"{_device(run)}, {config.precision}{', compiled' if config.compile else ''}")
     table.add_row("run folder", escape(str(folder.path)))
     console.print(table)
     if run.is_private and mechanism.delta is not None and mechanism.delta * len(run.train) >= 1:
@@ -171,6 +170,13 @@ def show_outcome(console: Console, outcome: Outcome) -> None:
     table.add_row("run folder", escape(str(outcome.folder.path)))
     table.add_row("repeat with", escape(f"dptrain train --config {outcome.folder.path / CONFIG}"))
     console.print(table)
+
+
+def _device(run: Run) -> str:
+    asked = run.config.device
+    if run.config.engine == "torch":
+        return str(run.device)
+    return "JAX's default device" if asked == "auto" else f"JAX on {asked}"
 
 
 def _table(title: str) -> Table:

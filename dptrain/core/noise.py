@@ -50,30 +50,18 @@ def noisy_mean(
         threads: at most.
     """
     for dtype in {total.dtype for total in sums.values()}:
-        names = [name for name, total in sums.items() if total.dtype == dtype]
-        _add_all({name: sums[name] for name in names}, out, noise_stddev, batch_size, key, threads)
-
-
-def _add_all(
-    sums: Mapping[str, Array],
-    out: Mapping[str, Array],
-    stddev: float,
-    batch_size: float,
-    key: Key,
-    threads: int,
-) -> None:
-    """``noisy_mean`` for sums of one type."""
-    pieces = [piece for name, total in sums.items() for piece in _pieces(name, total, out[name])]
-    step = (stddev, batch_size, key)
-    _add(_batches(piece for piece in pieces if piece.place.size < _SMALL), *step)
-    large = _batches(piece for piece in pieces if piece.place.size >= _SMALL)
-    others = min(threads, len(large) // _BATCHES_A_THREAD) - 1
-    with ThreadPoolExecutor(max(1, others)) as pool:
-        shared = iter(large)  # each batch goes to the thread that comes first
-        running = [pool.submit(_add, shared, *step) for _ in range(others)]
-        _add(shared, *step)
-        for thread in running:
-            thread.result()
+        of_one_type = [name for name, total in sums.items() if total.dtype == dtype]
+        pieces = [piece for name in of_one_type for piece in _pieces(name, sums[name], out[name])]
+        step = (noise_stddev, batch_size, key)
+        _add(_batches(piece for piece in pieces if piece.place.size < _SMALL), *step)
+        large = _batches(piece for piece in pieces if piece.place.size >= _SMALL)
+        others = min(threads, len(large) // _BATCHES_A_THREAD) - 1
+        with ThreadPoolExecutor(max(1, others)) as pool:
+            shared = iter(large)  # each batch goes to the thread that comes first
+            running = [pool.submit(_add, shared, *step) for _ in range(others)]
+            _add(shared, *step)
+            for thread in running:
+                thread.result()
 
 
 def _pieces(name: str, total: Array, out: Array) -> Iterator[_Piece]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -76,6 +77,7 @@ class FolderImages:
             batch_sampler=_Lists(indices),
             num_workers=self.workers,
             prefetch_factor=PREFETCH_BATCHES if self.workers else None,
+            multiprocessing_context=_start_method() if self.workers else None,
             pin_memory=self.device.type == "cuda",
         )
         return map(self._finish, loader)
@@ -90,6 +92,11 @@ class FolderImages:
     def _finish(self, batch: Batch) -> Batch:
         images, labels = batch
         return self.preprocess(images.to(self.device, non_blocking=True)), labels.to(self.device)
+
+
+def _start_method() -> str | None:
+    """How workers come to be: not by a fork beside JAX, some thread of which may hold a lock just then."""
+    return "spawn" if "jax" in sys.modules else None
 
 
 class _Lists:

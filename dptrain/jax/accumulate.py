@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -70,8 +71,9 @@ class Accumulator:
     def __init__(self, clipped: ClippedGrad):
         self.clipped = clipped
 
-        def add(total: Any, params: Any, batch: Any, mask: Array) -> Any:
-            return jax.tree.map(jnp.add, total, clipped(params, batch, mask=mask).grads)
+        def add(total: Any, args: tuple, mask: Array) -> ClippedSum:
+            out = clipped(*args, mask=mask)
+            return replace(out, grads=jax.tree.map(jnp.add, total, out.grads))
 
         self._add = jax.jit(add, donate_argnums=0)
         self._zeros = jax.jit(
@@ -80,11 +82,24 @@ class Accumulator:
 
     def __call__(self, params: Any, batches: Iterable[tuple[Any, Any]]) -> ClippedSum:
         """The clipped sum of ``(batch, mask)`` pairs, all of one shape; norms and losses are not kept."""
-        total = self._zeros(params)
+        total = self.zeros(params)
         for batch, mask in batches:
-            total = self._add(total, params, batch, jnp.asarray(mask))
+            total = self.add(total, params, batch, mask=mask).grads
         none = jnp.zeros(0)
         return ClippedSum(total, none, none, None, self.clipped.bound)
+
+    def zeros(self, params: Any) -> Any:
+        """The sum of no examples."""
+        return self._zeros(params)
+
+    def add(self, total: Any, *args: Any, mask: Any) -> ClippedSum:
+        """The sum of ``total`` and a physical batch, with the norms and losses of the batch.
+
+        Args:
+            total: of ``zeros``, or the gradients of an earlier sum; its buffers are taken.
+            args, mask: as ``ClippedGrad`` takes them.
+        """
+        return self._add(total, args, jnp.asarray(mask))
 
     @property
     def compilations(self) -> int:

@@ -33,7 +33,7 @@ class Part:
     group: Group
     uses: tuple[Use, ...]
     direct: tuple[Value, ...]
-    route: Route
+    route: Route = Route.DROP  #: which fits every group
 
     @property
     def single(self) -> Use | None:
@@ -42,12 +42,12 @@ class Part:
 
 
 def parts(capture: Capture, groups: Sequence[Group]) -> list[Part]:
-    """All groups with their uses, on the route that fits every one of them."""
+    """All groups with their uses."""
     out = []
     for group in groups:
         uses = tuple(use for use in capture.uses if use.value in group.values)
         direct = tuple(v for v in group.values if v in capture.direct)
-        out.append(Part(group, uses, direct, Route.KEEP if not uses else Route.DROP))
+        out.append(Part(group, uses, direct))
     return out
 
 

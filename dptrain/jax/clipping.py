@@ -154,7 +154,7 @@ class ClippedGrad:
     def _clip(self, args: tuple, mask: Array) -> ClippedSum:
         call, tree, aux_tree = self._flat(args)
         _, step = self._planned(call)
-        call.data[:] = _stand_ins(call.data, mask)
+        call = replace(call, data=_stand_ins(call.data, mask))
         sums, norms, losses, aux = step(call, mask)
         grads = jax.tree.unflatten(tree, sums)
         aux = jax.tree.unflatten(aux_tree(), aux) if self.has_aux else None

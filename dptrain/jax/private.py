@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -12,21 +11,12 @@ import optax
 
 from dptrain.core.entropy import Key
 from dptrain.core.mechanism import Mechanism
+from dptrain.core.release import Step, check_dataset_size
 from dptrain.core.sampling import LogicalSampler, PhysicalBatch, physical_batches
 
 from .accumulate import Accumulator
 from .clipping import clipped_grad
 from .release import PrivateGradient, private, privatize
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a step may tell: public values only."""
-
-    number: int  #: counts from 1
-    steps: int
-    #: spent after this step, or a cheap upper bound (exact at the end); None without a delta
-    epsilon: float | None
 
 
 class PrivateTraining:
@@ -151,14 +141,7 @@ def make_private(
     sizes = {len(x) for x in jax.tree.leaves(dataset)} if is_tree_of_arrays(dataset) else {len(dataset)}
     if len(sizes) != 1:
         raise ValueError(f"the arrays of the data set hold different numbers of examples: {sorted(sizes)}.")
-    size = sizes.pop()
-    for spec, _ in mechanism.segments:
-        expected = spec.sample_rate * size
-        if abs(spec.expected_batch_size - expected) > 0.01 * expected:
-            raise ValueError(
-                f"the mechanism expects batches of {spec.expected_batch_size:g}, but its sample "
-                f"rate times the {size} examples is {expected:g}: they must agree within 1 %."
-            )
+    check_dataset_size(mechanism, sizes.pop())
     if not isinstance(physical_batch_size, int) or physical_batch_size < 1:
         raise ValueError(f"physical_batch_size must be a positive integer, not {physical_batch_size!r}.")
     if key is not None and not isinstance(key, Key):

@@ -53,8 +53,9 @@ class Operation:
     def params(self) -> dict:
         return self.eqn.params
 
-    def evaluate(self, values: list) -> list:
-        return versions.bind(self.eqn, values)
+    def evaluate(self, values: list, params: dict | None = None) -> list:
+        """The outputs, with the operation's own parameters or others."""
+        return versions.bind(self.eqn, values, params)
 
     def reading(self, inputs: Sequence[Value]) -> Operation:
         """The same on other values."""
@@ -76,8 +77,10 @@ class Recomputed:
         options = {"prevent_cse": params["prevent_cse"], "policy": params["policy"]}
         return jax.checkpoint(function, **options)(*args)
 
-    def evaluate(self, values: list) -> list:
-        return self.call(lambda *v: run(self.body, v), *values)
+    def evaluate(self, values: list, run_body: Callable | None = None) -> list:
+        """The outputs, the body being run by ``run``, or by another function like it."""
+        run_body = run_body or run
+        return self.call(lambda *v: run_body(self.body, v), *values)
 
     def reading(self, inputs: Sequence[Value]) -> Recomputed:
         return Recomputed(self.eqn, tuple(inputs), self.outputs, self.body)
@@ -110,11 +113,13 @@ class Loop:
         options = {name: params[name] for name in ("length", "reverse", "unroll")}
         return lax.scan(step, carry, slices, **options)
 
-    def evaluate(self, values: list) -> list:
+    def evaluate(self, values: list, run_body: Callable | None = None) -> list:
+        """The outputs, the body being run by ``run``, or by another function like it."""
+        run_body = run_body or run
         constants, carry, slices = self.parts(values)
 
         def step(carry: list, slices: list) -> tuple[list, list]:
-            out = run(self.body, [*constants, *carry, *slices])
+            out = run_body(self.body, [*constants, *carry, *slices])
             return out[: self.carries], out[self.carries :]
 
         carry, stacks = self.call(step, carry, slices)
@@ -146,11 +151,22 @@ def run(program: Program, values: Iterable[Any]) -> list:
     return [env[v] for v in program.outputs]
 
 
+def behind(equations: Iterable[Equation], wanted: Iterable[Value]) -> list[Equation]:
+    """The equations that ``wanted`` depends on."""
+    return _needed(equations, wanted, lambda equation: False)
+
+
 def without_the_unused(equations: Iterable[Equation], wanted: Iterable[Value]) -> list[Equation]:
     """The equations that ``wanted`` depends on, and those with side effects."""
+    return _needed(equations, wanted, lambda equation: bool(equation.eqn.effects))
+
+
+def _needed(
+    equations: Iterable[Equation], wanted: Iterable[Value], anyway: Callable[[Equation], bool]
+) -> list[Equation]:
     needed, kept = set(wanted), []
     for equation in reversed(list(equations)):
-        if equation.eqn.effects or needed.intersection(equation.outputs):
+        if anyway(equation) or needed.intersection(equation.outputs):
             kept.append(equation)
             needed.update(equation.inputs)
     return kept[::-1]
@@ -214,16 +230,6 @@ def _equation(
 def _opened(jaxpr: Any) -> tuple[versions.Jaxpr, Sequence[Any]]:
     """A jaxpr and what it closes over, of one that is closed or not."""
     return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, versions.ClosedJaxpr) else (jaxpr, ())
-
-
-def behind(equations: Iterable[Equation], wanted: Iterable[Value]) -> list[Equation]:
-    """The equations that ``wanted`` depends on, and no others."""
-    needed, kept = set(wanted), []
-    for equation in reversed(list(equations)):
-        if needed.intersection(equation.outputs):
-            kept.append(equation)
-            needed.update(equation.inputs)
-    return kept[::-1]
 
 
 def walk(equations: Iterable[Equation]) -> Iterator[Equation]:

@@ -17,8 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from . import versions
-from .program import Equation, Loop, Operation, Program, Recomputed, Value, walk, without_the_unused
+from .program import Equation, Loop, Operation, Program, Value, walk, without_the_unused
 from .split import Split
 from .uses import accumulated
 
@@ -162,23 +161,14 @@ def _run_wide(program: Program, values: Sequence[Any]) -> list:
 def _evaluate_wide(equation: Equation, read: list) -> list:
     if not _is_narrow(equation):
         return equation.evaluate(read)
-    if isinstance(equation, Operation):
-        params = dict(equation.params)
-        for name in ("new_dtype", "preferred_element_type", "dtype"):
-            dtype = params.get(name)
-            if dtype is not None and jnp.issubdtype(dtype, jnp.floating):
-                params[name] = accumulated(dtype)
-        return versions.bind(equation.eqn, read, params)
-    if isinstance(equation, Recomputed):
-        return _run_wide(equation.body, read)
-    constants, carry, slices = equation.parts(read)
-
-    def step(carry: list, slices: list) -> tuple[list, list]:
-        out = _run_wide(equation.body, [*constants, *carry, *slices])
-        return out[: equation.carries], out[equation.carries :]
-
-    carry, stacks = equation.call(step, carry, slices)
-    return [*carry, *stacks]
+    if not isinstance(equation, Operation):
+        return equation.evaluate(read, _run_wide)
+    params = dict(equation.params)
+    for name in ("new_dtype", "preferred_element_type", "dtype"):
+        dtype = params.get(name)
+        if dtype is not None and jnp.issubdtype(dtype, jnp.floating):
+            params[name] = accumulated(dtype)
+    return equation.evaluate(read, params)
 
 
 def _rounds(equation: Equation) -> bool:

@@ -6,7 +6,6 @@ What is released is a ``PrivateGradient``, and ``private(optimizer)`` accepts no
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ import optax
 
 from dptrain.core.entropy import Key
 from dptrain.core.mechanism import Mechanism
+from dptrain.core.release import step_to_release
 from dptrain.core.spec import StepSpec
 
 from .clipped_sum import ClippedSum
@@ -76,37 +76,21 @@ def privatize(
         donate: give the sum's buffers away to the gradient; the sum cannot be used afterwards.
 
     Raises:
-        TypeError: not a clipped sum, a mechanism or a key.
+        TypeError: not a clipped sum, a mechanism or a key; or it is called inside of ``jax.jit``.
         ValueError: the sum was clipped to another norm than the mechanism says.
     """
-    spec = checked(clipped_sum, mechanism)
-    mean = noisy_mean(clipped_sum.grads, spec.noise_stddev, spec.expected_batch_size, key, donate)
-    return PrivateGradient(mean, spec, key.reproducible, _DOOR)
-
-
-def checked(clipped_sum: ClippedSum, mechanism: Mechanism | StepSpec) -> StepSpec:
-    """The step that may release this sum."""
     if not isinstance(clipped_sum, ClippedSum):
         raise TypeError(f"privatize takes a ClippedSum, and was given {type(clipped_sum).__name__}.")
-    spec = mechanism.step(0) if isinstance(mechanism, Mechanism) else mechanism
-    if not isinstance(spec, StepSpec):
-        raise TypeError("privatize needs a Mechanism or the StepSpec of this step.")
-    if isinstance(mechanism, Mechanism) and len(mechanism.segments) > 1:
-        raise ValueError("this mechanism changes from step to step: pass mechanism.step(i).")
+    if not isinstance(key, Key):
+        raise TypeError("privatize needs a dptrain.core.entropy.Key: Key.from_entropy() makes one.")
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(clipped_sum)):
         raise TypeError(
             "privatize takes its key from the host, and a compiled function would draw the same noise each "
             "time: call it outside of jax.jit."
         )
-    bounded = math.isfinite(clipped_sum.clip_norm)
-    if bounded and not math.isclose(clipped_sum.clip_norm, spec.sensitivity, rel_tol=1e-12):
-        raise ValueError(
-            f"the sum was clipped to {clipped_sum.clip_norm}, but the mechanism accounts for "
-            f"{spec.sensitivity}: use the mechanism's clip norm in clipped_grad."
-        )
-    if not bounded and spec.noise_multiplier > 0:
-        raise ValueError("a sum that was not clipped cannot be made private by noise.")
-    return spec
+    spec = step_to_release(mechanism, clipped_sum.clip_norm)
+    mean = noisy_mean(clipped_sum.grads, spec.noise_stddev, spec.expected_batch_size, key, donate)
+    return PrivateGradient(mean, spec, key.reproducible, _DOOR)
 
 
 def private(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

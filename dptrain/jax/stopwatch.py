@@ -7,6 +7,7 @@ never on data. Each way costs a compilation, once for a loss, its shapes and a m
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import time
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 
 from dptrain import __version__
-from dptrain.core.remembered import processor, remembered
+from dptrain.core.remembered import Remembered, processor, remembered
 
 from . import versions
 
@@ -45,18 +46,23 @@ def fastest(ways: dict[str, Callable], shapes: Sequence, name: str, budget: int 
         budget: bytes of scratch memory that a way may take; the one that takes least where none fits.
     """
     memory = remembered("jax-ways", _machine())
-    for way, function in ways.items():
-        at, size = f"{name} {way} seconds", f"{name} {way} bytes"
-        if at in memory.known and size in memory.known:
-            continue
-        memory.known[size], memory.known[at] = _measured(function, shapes)
+    found = {way: _known(memory, f"{name} {way}", function, shapes) for way, function in ways.items()}
     memory.save()
-    sizes = {way: memory.known[f"{name} {way} bytes"] for way in ways}
-    times = {way: memory.known[f"{name} {way} seconds"] for way in ways}
-    fitting = [way for way in ways if budget is None or sizes[way] <= budget]
+    fitting = [way for way, (size, _) in found.items() if budget is None or size <= budget]
     if not fitting:
-        return min(ways, key=sizes.__getitem__)
-    return min(fitting, key=times.__getitem__)
+        return min(found, key=lambda way: found[way][0])
+    return min(fitting, key=lambda way: found[way][1])
+
+
+def _known(memory: Remembered, name: str, function: Callable, shapes: Sequence) -> tuple[float, float]:
+    """Bytes and seconds, from memory where they are remembered."""
+    size, seconds = f"{name} bytes", f"{name} seconds"
+    if size in memory.known and seconds in memory.known:
+        return memory.known[size], memory.known[seconds]
+    measured = _measured(function, shapes)
+    if math.isfinite(measured[1]):  # what does not fit the device today may fit it tomorrow
+        memory.known[size], memory.known[seconds] = measured
+    return measured
 
 
 def _measured(function: Callable, shapes: Sequence) -> tuple[float, float]:

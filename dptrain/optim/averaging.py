@@ -20,11 +20,11 @@ def average_of(model: nn.Module, decay: float) -> AveragedModel:
         raise ValueError(f"The decay of the weight average is {decay}: give a number between 0 and 1.")
 
     def towards(average: torch.Tensor, current: torch.Tensor, steps: torch.Tensor | int) -> torch.Tensor:
-        return average + (1 - warm(decay, int(steps))) * (current - average)
+        return average + (1 - warmed_decay(decay, int(steps))) * (current - average)
 
     return AveragedModel(model, avg_fn=towards)
 
 
-def warm(decay: float, steps: int) -> float:
+def warmed_decay(decay: float, steps: int) -> float:
     """The decay after so many steps: less in the beginning."""
     return min(decay, (1 + steps) / (10 + steps))

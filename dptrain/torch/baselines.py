@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 from dptrain.core.methods import Capture, Method
 
 from .bookkeeping import clip_factors
-from .errors import Refused
+from .errors import Refused, is_final
 from .full_precision import full_precision
 from .guards import check_losses
 from .uses.base import weighted_sum, widen
@@ -73,9 +73,9 @@ def vectorised(model, loss_fn, parameters, batch, mask, batch_size, clip_norm) -
             torch.func.grad(one, has_aux=True), in_dims=(None, 0), randomness="different"
         )
         grads, losses = transform(mine, batch)
-    except Refused:
-        raise
     except Exception as error:
+        if is_final(error):
+            raise
         raise Refused(
             f"per-example-vmap cannot transform this model ({error}): use method='auto'."
         ) from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +22,7 @@ from .clipped_sum import ClippedSum
 from .guards import backward, check_buffers, check_losses, parameters_untouched
 from .planner import Plan, make_plan
 from .pullback import group_uses
+from .sections import section
 from .trace import match
 from .uses.base import widen
 from .workspace import Workspace
@@ -64,7 +65,8 @@ def clip_batch(
     Raises:
         Refused: the model does other than what the probe saw.
     """
-    capture, losses = _forward(task, plan, parameters, batch, batch_size)
+    with section("forward"):
+        capture, losses = _forward(task, plan, parameters, batch, batch_size)
     with torch.autocast(losses.device.type, enabled=False):  # what comes now is not the model's
         return _clipped_sum(task, plan, capture, losses, parameters, mask, batch_size, into, workspace)
 
@@ -83,10 +85,12 @@ def _clipped_sum(
     """Backward passes, norms, clip factors and the sum."""
     plan = _settled(plan, capture, losses, mask, parameters, batch_size)
     books = Bookkeeping(plan, parameters, batch_size, workspace)
-    capture.sink = books.norms
-    total = losses.sum() if mask is None else torch.where(mask, losses, 0.0).sum()
-    backward(capture, total, parameters, retain_graph=plan.second_backward)
-    squared = books.finish(capture)
+    capture.sink = _within("norms", books.norms)
+    with section("backward"):
+        total = losses.sum() if mask is None else torch.where(mask, losses, 0.0).sum()
+        backward(capture, total, parameters, retain_graph=plan.second_backward)
+    with section("norms"):
+        squared = books.finish(capture)
     finite = squared.isfinite() & losses.detach().isfinite()
     everything_finite = bool(finite.all())  # masked rows too: one that overflowed must be zeroed
     included = finite if mask is None else finite & mask
@@ -94,11 +98,21 @@ def _clipped_sum(
     books.factors, books.included = factors, None if everything_finite else included
     keep = torch.ones_like(included) if mask is None else mask
     norms, values = torch.where(keep, squared.sqrt(), 0.0), torch.where(keep, losses.detach(), 0.0)
-    with _adding_to(into, books):
+    with section("clip and accumulate"), _adding_to(into, books):
         grads = _sums(plan, books, capture, total, parameters)
     if into is not None:
         return into.extended(norms, values)
     return ClippedSum(grads, norms, values, task.clip_norm)
+
+
+def _within(name: str, sink: Callable[..., None]) -> Callable[..., None]:
+    """What is done with a use in the middle of a backward pass, as a section of its own."""
+
+    def named(*args: Any) -> None:
+        with section(name):
+            sink(*args)
+
+    return named
 
 
 @contextlib.contextmanager
@@ -121,8 +135,9 @@ def _sums(plan: Plan, books: Bookkeeping, capture: Capture, total: Tensor, param
     if plan.second_backward:
         # The same loss again, not a weighted one: every gradient has the bits of the first pass,
         # whose norms were taken, and clip factors are applied in float32 where it is contracted.
-        capture.sink = books.second_pass
-        backward(capture, total, parameters, retain_graph=False)
+        capture.sink = _within("clip and accumulate", books.second_pass)
+        with section("backward"):
+            backward(capture, total, parameters, retain_graph=False)
     grads = books.pull_back(capture)
     for name, p in parameters.items():
         if name not in grads:

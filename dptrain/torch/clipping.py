@@ -240,6 +240,11 @@ class ClippedGrad:
         end = before + batch_size
         return ClippedSum(total.grads, total.norms[:end], total.losses[:end], total.clip_norm)
 
+    @property
+    def workspace_bytes(self) -> int:
+        """Memory for per-example gradients that is kept from step to step."""
+        return self._workspace.held_bytes
+
     def plan(self, batch: Any, mask: Tensor | None = None) -> Plan:
         """The plan for batches like this one; probes the model the first time.
 

@@ -1,5 +1,7 @@
 """What the engine says when it will not go on."""
 
+from .device_memory import ran_out_of_memory
+
 WRITTEN = (
     "the forward pass writes to the model's parameters, which would be released without any "
     "protection: keep such state in buffers that do not depend on the data, or freeze the module."
@@ -33,3 +35,11 @@ class Misfit(Refused):
     def __init__(self, message: str, pattern: tuple):
         super().__init__(message)
         self.pattern = pattern
+
+
+def is_final(error: BaseException) -> bool:
+    """Whether an error is no trait of the rows that were tried: a refusal, or lack of memory.
+
+    A check that such an error cut short has not been passed.
+    """
+    return isinstance(error, Refused) or ran_out_of_memory(error)

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 from .batch import clip_batch
 from .clipped_sum import ClippedSum
 from .clipping import ClippedGrad
-from .errors import Refused
+from .errors import Refused, is_final
 from .guards import trainable
 from .planner import Plan
 from .randomness import drawing_modules
@@ -101,9 +101,9 @@ class _Comparison:
                 stilled, one_by_one = self._still()
                 norms, want, bound = self._oracle(one_by_one, clip_norm)
                 found = self._by_plan(bound)
-            except Refused:
-                raise
             except (RuntimeError, TypeError, NotImplementedError) as error:
+                if is_final(error):
+                    raise
                 reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error)
                 raise Refused(
                     f"exactness cannot be shown, because the model does not run in float64 ({reason}): let "

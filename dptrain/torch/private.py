@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,22 +14,13 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 
 from dptrain.core.entropy import Key
 from dptrain.core.mechanism import Mechanism
+from dptrain.core.release import Step, check_dataset_size
 from dptrain.core.sampling import LogicalSampler, PhysicalBatch, physical_batches
 
 from .clipping import LossFn, clipped_grad
 from .guards import trainable
 from .physical_batch import choose
 from .release import apply, privatize
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a step may tell: public values only."""
-
-    number: int  #: counts from 1
-    steps: int
-    #: spent after this step, or a cheap upper bound (exact at the end); None without a delta
-    epsilon: float | None
 
 
 class PrivateTraining:
@@ -194,14 +184,7 @@ def make_private(
             f"{stale[0]} holds a gradient from before, which would be used without protection: call "
             "optimizer.zero_grad(set_to_none=True) first."
         )
-    size = len(loader.dataset)
-    for spec, _ in mechanism.segments:
-        expected = spec.sample_rate * size
-        if abs(spec.expected_batch_size - expected) > 0.01 * expected:
-            raise ValueError(
-                f"the mechanism expects batches of {spec.expected_batch_size:g}, but its sample "
-                f"rate times the {size} examples is {expected:g}: they must agree within 1 %."
-            )
+    check_dataset_size(mechanism, len(loader.dataset))
     if physical_batch_size != "auto" and (
         not isinstance(physical_batch_size, int) or physical_batch_size < 1
     ):

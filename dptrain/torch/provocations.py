@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from .errors import CARRIED, Refused
+from .errors import CARRIED, Refused, is_final
 from .separation import MIXED, choose, same_rows
 from .understudy import Understudy
 
@@ -130,9 +130,9 @@ def provoke(understudy: Understudy, layouts: Any, size: int) -> None:
             if mine not in known or understudy.random:
                 known[mine] = understudy.losses(before, layouts, draw)
             changed = understudy.losses(after, layouts, draw)
-        except Refused:
-            raise
-        except Exception:  # such rows can be outside what a model accepts
+        except Exception as error:  # such rows can be outside what a model accepts
+            if is_final(error):
+                raise
             continue
         if not same_rows(known[mine], changed, kept):
             raise Refused(SPREADS if theirs is broken else MIXED)
@@ -152,9 +152,9 @@ def _anywhere(understudy: Understudy, layouts: Any, rows: Any, losses: Tensor) -
         return
     try:
         turned = understudy.losses(_map(lambda t: torch.cat([t.flip(0), t[:1]]), rows), layouts)
-    except Refused:
-        raise
-    except Exception:  # the model takes no other batch size
+    except Exception as error:  # the model takes no other batch size
+        if is_final(error):
+            raise
         return
     wanted = torch.cat([losses.flip(0), losses[:1]])
     if not same_rows(wanted, turned, torch.ones(len(wanted), dtype=torch.bool)):
@@ -173,9 +173,9 @@ def _nothing_carried(understudy: Understudy, layouts: Any, rows: Any, new: Any) 
             understudy.losses(first, layouts)
         try:
             after.append(understudy.losses(rows, layouts, carry=True))
-        except Refused:
-            raise
         except Exception as error:  # the second pass does not go with what the first one left
+            if is_final(error):
+                raise
             raise Refused(CARRIED) from error
     everyone = torch.ones(len(after[0]), dtype=torch.bool)
     if not same_rows(*after, everyone):

@@ -6,7 +6,6 @@ What is released is a ``PrivateGradient``, and an optimizer step accepts nothing
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from typing import Any
 
@@ -15,11 +14,13 @@ from torch import Tensor, nn
 
 from dptrain.core.entropy import Key
 from dptrain.core.mechanism import Mechanism
+from dptrain.core.release import step_to_release
 from dptrain.core.spec import StepSpec
 
 from .clipped_sum import ClippedSum
 from .guards import trainable
 from .noise import noisy_mean
+from .sections import section
 
 _DOOR = object()
 
@@ -71,24 +72,13 @@ def privatize(
         raise TypeError(f"privatize takes a ClippedSum, and was given {type(clipped_sum).__name__}.")
     if not isinstance(key, Key):
         raise TypeError("privatize needs a dptrain.core.entropy.Key: Key.from_entropy() makes one.")
-    spec = mechanism.step(0) if isinstance(mechanism, Mechanism) else mechanism
-    if not isinstance(spec, StepSpec):
-        raise TypeError("privatize needs a Mechanism or the StepSpec of this step.")
-    if isinstance(mechanism, Mechanism) and len(mechanism.segments) > 1:
-        raise ValueError("this mechanism changes from step to step: pass mechanism.step(i).")
-    bounded = math.isfinite(clipped_sum.clip_norm)
-    if bounded and not math.isclose(clipped_sum.clip_norm, spec.sensitivity, rel_tol=1e-12):
-        raise ValueError(
-            f"the sum was clipped to {clipped_sum.clip_norm}, but the mechanism accounts for "
-            f"{spec.sensitivity}: use the mechanism's clip norm in clipped_grad."
-        )
-    if not bounded and spec.noise_multiplier > 0:
-        raise ValueError("a sum that was not clipped cannot be made private by noise.")
+    spec = step_to_release(mechanism, clipped_sum.clip_norm)
     sums = clipped_sum.grads
     if not sums:
         raise ValueError("the sum is empty: it was given away to an earlier gradient, or its step failed.")
-    out = _separate(sums) if donate else None
-    mean = noisy_mean(sums, spec.noise_stddev, spec.expected_batch_size, key, out)
+    with section("noise"):
+        out = _separate(sums) if donate else None
+        mean = noisy_mean(sums, spec.noise_stddev, spec.expected_batch_size, key, out)
     if donate:
         sums.clear()
     return PrivateGradient(mean, spec, key.reproducible, _DOOR)
@@ -123,7 +113,8 @@ def apply(optimizer: torch.optim.Optimizer, model: nn.Module, gradient: PrivateG
     for name, p in parameters.items():
         p.grad = _like(p, gradient.grads[name])
     try:
-        optimizer.step()
+        with section("optimizer step"):
+            optimizer.step()
     finally:
         for p in parameters.values():
             p.grad = None

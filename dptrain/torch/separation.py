@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 
 from . import routing
 from .capture import Capture, Use
-from .errors import WRITTEN, Misfit, Refused
+from .errors import WRITTEN, Misfit, Refused, is_final
 from .guards import backward, listed
 from .layout import Routed
 from .structure import Structure
@@ -56,9 +56,9 @@ def check(understudy: Understudy, structure: Structure, size: int, attempt: int)
     """
     try:
         return _check(understudy, structure, size, attempt)
-    except (Refused, torch.OutOfMemoryError):
-        raise
-    except Exception:  # rows outside what the model accepts
+    except Exception as error:  # rows outside what the model accepts
+        if is_final(error):
+            raise
         understudy.failure = traceback.format_exc(limit=-1).strip().splitlines()[-1]
         return None
 
@@ -187,9 +187,9 @@ def _crowded(understudy: Understudy, layouts, size: int, attempt: int) -> None:
     try:
         losses = understudy.losses(rows, layouts)
         changed = understudy.losses(choose(kept, rows, others), layouts)
-    except Refused:
-        raise
-    except Exception:  # such rows can be outside what a model accepts
+    except Exception as error:  # such rows can be outside what a model accepts
+        if is_final(error):
+            raise
         return
     if not same_rows(losses, changed, kept):
         raise Refused(MIXED)

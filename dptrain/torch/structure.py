@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .capture import Capture, Use
-from .errors import Refused
+from .errors import Refused, is_final
 from .guards import backward, listed
 from .layout import Layout, busy, candidates, only_rows_of, row_heights
 from .pullback import group_uses
@@ -223,9 +223,9 @@ def _sizes_and_passes(understudy: Understudy, batch_size: int):
                 return sizes, [
                     understudy.forward(understudy.stand_ins(s, i), s, None) for i, s in enumerate(sizes)
                 ]
-            except (Refused, torch.OutOfMemoryError):
-                raise
             except Exception as error:
+                if is_final(error):
+                    raise
                 failure = error
     with torch.no_grad():  # an error of the model's own, if it fails without being watched, too
         understudy.loss_fn(understudy.model, understudy.stand_ins(batch_size, 0))

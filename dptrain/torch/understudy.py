@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .capture import Capture, ignore
-from .errors import Refused
+from .errors import Refused, is_final
 from .guards import check_buffers, check_losses, parameters_untouched, trainable
 from .stand_ins import StandIns, random_state, randomise, seed
 
@@ -58,6 +58,8 @@ class Understudy:
         try:
             self.model = copy.deepcopy(model, _derived(model))
         except Exception as error:
+            if is_final(error):
+                raise
             raise Refused(
                 f"the model cannot be copied for probing ({error}): keep what cannot be copied out of "
                 "the module."

@@ -20,6 +20,11 @@ class Workspace:
     def __init__(self) -> None:
         self._held: dict[Hashable, Tensor] = {}
 
+    @property
+    def held_bytes(self) -> int:
+        """What is kept between steps."""
+        return sum(held.numel() * held.element_size() for held in self._held.values())
+
     def take(self, name: Hashable, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
         """Memory of this shape, of the type and on the device of ``like``; None on an accelerator."""
         if like.device.type != "cpu":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -21,7 +20,7 @@ from torch import nn
 
 from dptrain import jax as dpj
 from dptrain.models.jax import translated
-from dptrain.optim.averaging import warm
+from dptrain.optim.averaging import warmed_decay
 from dptrain.optim.with_optax import build_optax
 from dptrain.torch.physical_batch import Trial
 from dptrain.training.config import ConfigError
@@ -49,6 +48,10 @@ class JaxLearner:
         self.forward = translated(run.learner, config.model, run.train.num_classes, run.train.input_shape)
         own = dict(run.learner.named_parameters())
         self.device = _device(config.device)
+        if config.precision == "tf32" and self.device.platform != "gpu":
+            raise ConfigError(
+                f"--precision tf32 is for a GPU, and JAX runs on {self.device.device_kind} here."
+            )
         with self._settings():
             arrays = {name: jnp.asarray(p.detach().cpu().numpy()) for name, p in own.items()}
         self.params = {name: x for name, x in arrays.items() if own[name].requires_grad}
@@ -63,15 +66,7 @@ class JaxLearner:
         clipped = dpj.clipped_grad(
             self._loss, clip_norm=config.clip_norm, method=run.method, batch_argnums=(1, 2)
         )
-
-        def add(
-            total: Any, params: Any, images: Array, labels: Array, frozen: Any, mask: Array
-        ) -> dpj.ClippedSum:
-            out = clipped(params, images, labels, frozen, mask=mask)
-            return replace(out, grads=jax.tree.map(jnp.add, total, out.grads))
-
-        self._add = jax.jit(add, donate_argnums=0)
-        self._zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params))
+        self.accumulator = dpj.Accumulator(clipped)
         self._apply = jax.jit(self._updated, donate_argnums=(0, 1, 2))
 
     def _loss(self, params: dict, image: Array, label: Array, frozen: dict) -> Array:
@@ -105,8 +100,8 @@ class JaxLearner:
         compiles()
         self.size = size
         with self._settings():
-            images, labels = _arrays(run.train.stand_in(size))
-            self._add(self._zeros(self.params), self.params, images, labels, self.frozen, np.ones(size, bool))
+            stand_in = _arrays(run.train.stand_in(size))
+            self._add(self.accumulator.zeros(self.params), stand_in, np.ones(size, bool))
         return size, []
 
     def steps(self, before_release: BeforeRelease) -> Iterator[Step]:
@@ -123,9 +118,9 @@ class JaxLearner:
         noise_key, batches = run.key.child("noise"), pieces(run, self.size)
         for index in range(run.mechanism.steps):
             spec = run.mechanism.step(index)
-            total, parts = self._zeros(self.params), []
+            total, parts = self.accumulator.zeros(self.params), []
             for batch, mask, is_last in batches:
-                out = self._add(total, self.params, *_arrays(batch), self.frozen, mask.cpu().numpy())
+                out = self._add(total, _arrays(batch), mask.cpu().numpy())
                 total = out.grads
                 if run.config.show_unprotected:
                     parts.append((_tensor(out.losses), _tensor(out.norms), mask.cpu()))
@@ -134,12 +129,15 @@ class JaxLearner:
             before_release(index, spec)
             gradient = dpj.privatize(out, spec, noise_key.child(index), donate=True)
             # As torch's average: it begins with the weights after the first step.
-            decay = jnp.float32(warm(run.config.weight_average, index) if index else 0.0)
+            decay = jnp.float32(warmed_decay(run.config.weight_average, index) if index else 0.0)
             self.params, self.state, self.average = self._apply(
                 self.params, self.state, self.average, gradient, decay
             )
             self.taken = index + 1
             yield Step(self.taken, unprotected(parts, spec) if parts else None)
+
+    def _add(self, total: Any, batch: tuple, mask: np.ndarray) -> dpj.ClippedSum:
+        return self.accumulator.add(total, self.params, *batch, self.frozen, mask=mask)
 
     @torch.no_grad()
     def model(self) -> nn.Module:

@@ -11,7 +11,7 @@ from dptrain import torch as dpt
 from dptrain.core.spec import StepSpec
 from dptrain.optim import average_of, build_optimizer, build_schedule
 from dptrain.torch.physical_batch import Trial, choose
-from dptrain.training.loop import Step, logical_steps, make_loss, rehearsed
+from dptrain.training.loop import Step, clip_stand_ins, logical_steps, make_loss
 from dptrain.training.prepare import Run
 
 BeforeRelease = Callable[[int, StepSpec], None]
@@ -63,12 +63,12 @@ class TorchLearner:
         size, trials = config.physical_batch_size, []
         if size == "auto":  # measured uncompiled: to compile each size would take minutes
             largest = int(run.mechanism.expected_batch_size)
-            size, trials = choose(lambda n: rehearsed(run, clipped, n), largest, run.device)
+            size, trials = choose(lambda n: clip_stand_ins(run, clipped, n), largest, run.device)
         if config.compile:
             compiles()
             clipped = dpt.clipped_grad(run.learner, make_loss(run), **options, compile=True)
         if config.compile or not trials:
-            rehearsed(run, clipped, size)
+            clip_stand_ins(run, clipped, size)
         self.clipped, self.size = clipped, size
         return size, trials
 

@@ -52,7 +52,7 @@ def make_loss(run: Run) -> LossFunction:
     return loss
 
 
-def rehearsed(run: Run, clipped: Callable[..., dpt.ClippedSum], size: int) -> None:
+def clip_stand_ins(run: Run, clipped: Callable[..., dpt.ClippedSum], size: int) -> None:
     """Clip a physical batch of stand-ins, made without looking at any example."""
     clipped(run.train.stand_in(size), torch.ones(size, dtype=torch.bool, device=run.device))
 

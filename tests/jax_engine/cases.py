@@ -19,7 +19,7 @@ F = jnp.float64
 
 @dataclass(frozen=True)
 class Case:
-    """``make(key) -> (loss, params, batch of B)``; without ``tables`` the batch holds no integers."""
+    """``make(key, B) -> (loss, params, batch of B)``."""
 
     name: str
     make: Callable[[jax.Array, int], tuple[Callable, Any, Any]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -268,3 +270,18 @@ def test_complex_inputs_and_parameters():
     model = Net(lambda s, x: s.layer((x * s.scale).abs()))
     model.scale = nn.Parameter(torch.randn(WIDTH, dtype=torch.complex128))
     assert "view_as_complex" in refused(model.double(), cross_entropy, data)
+
+
+@pytest.mark.parametrize("at", range(1, 16))
+def test_a_check_that_memory_cut_short_is_not_passed(at):
+    """Other errors can be of rows that a model does not accept, and then a provocation is left out."""
+    calls = itertools.count(1)
+
+    def loss(model, batch):
+        if next(calls) == at:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+        return cross_entropy(model, batch)
+
+    with pytest.raises(RuntimeError, match=r"^DefaultCPUAllocator: can't allocate memory"):
+        dpt.clipped_grad(Net(), loss, clip_norm=1.0)(floats())
+    assert next(calls) == at + 1

@@ -5,6 +5,7 @@ Residual networks with normalisation before the activation, group norm and stand
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .vit import Parameters
+from .parameters import Parameters, initialised
 
 LAYERS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
@@ -59,18 +60,12 @@ class BiTResNet:
 
     def init(self, key: Array) -> Parameters:
         """Random parameters: normal with variance 2 / fan-in, the head's 0.01 squared, scales 1, shifts 0."""
-        shapes = self.shapes()
-        out = {}
-        for one, (name, shape) in zip(jax.random.split(key, len(shapes)), shapes.items()):
-            if name.endswith("bias"):
-                out[name] = jnp.zeros(shape)
-            elif "norm" in name:
-                out[name] = jnp.ones(shape)
-            else:
-                fan_in = shape[1] * shape[2] * shape[3]
-                scale = 0.01 if name.startswith("head") else (2 / fan_in) ** 0.5
-                out[name] = scale * jax.random.normal(one, shape)
-        return out
+
+        def draw(key: Array, name: str, shape: tuple[int, ...]) -> Array:
+            scale = 0.01 if name.startswith("head") else (2 / math.prod(shape[1:])) ** 0.5
+            return scale * jax.random.normal(key, shape)
+
+        return initialised(self.shapes(), key, draw)
 
     def __call__(self, parameters: Parameters, image: Array) -> Array:
         """Logits ``[classes]`` of one image ``[3, H, W]``, normalised."""

@@ -12,7 +12,8 @@ from safetensors.numpy import load_file
 
 from ..names import timm_name
 from .bit import LAYERS, BiTResNet
-from .vit import Parameters, ViT
+from .parameters import Parameters
+from .vit import ViT
 
 SIZES = {
     "tiny": ViT(192, 12, 3),

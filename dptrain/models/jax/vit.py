@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-Parameters = dict[str, Array]
+from .parameters import Parameters, initialised
 
 
 @dataclass(frozen=True)
@@ -55,17 +55,12 @@ class ViT:
 
     def init(self, key: Array) -> Parameters:
         """Random parameters as timm draws them: matrices from a truncated normal of deviation 0.02."""
-        shapes = self.shapes()
-        out = {}
-        for one, (name, shape) in zip(jax.random.split(key, len(shapes)), shapes.items()):
-            if name.endswith("bias"):
-                out[name] = jnp.zeros(shape)
-            elif "norm" in name:
-                out[name] = jnp.ones(shape)
-            else:
-                scale = 1e-6 if name == "cls_token" else 0.02
-                out[name] = scale * jax.random.truncated_normal(one, -2 / scale, 2 / scale, shape)
-        return out
+
+        def draw(key: Array, name: str, shape: tuple[int, ...]) -> Array:
+            scale = 1e-6 if name == "cls_token" else 0.02
+            return scale * jax.random.truncated_normal(key, -2 / scale, 2 / scale, shape)
+
+        return initialised(self.shapes(), key, draw)
 
     def __call__(self, parameters: Parameters, image: Array) -> Array:
         """Logits ``[classes]`` of one image ``[3, H, W]``, normalised."""

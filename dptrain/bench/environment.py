@@ -2,68 +2,74 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.zoo.engines import version_of
+from dptrain import __version__
+
+PACKAGE = Path(__file__).resolve().parent.parent
+#: those whose versions every record tells
+PACKAGES = ("torch", "timm", "transformers", "jax", "jaxlib", "optax", "numpy")
 
 
-def save(record: dict[str, Any], path: Path | None) -> None:
-    """Write a record, if a path was given."""
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1, default=str) + "\n")
-
-
-def git(*arguments: str) -> str:
-    root = Path(__file__).parent
-    return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=root).stdout.strip()
-
-
-def environment(device: str = "cpu") -> dict[str, Any]:
+def environment(device: str = "cpu", packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
     """Commit (and whether the code differs from it), versions, the machine and its threads."""
     return {
-        "commit": git("rev-parse", "HEAD"),
-        "changed_since_commit": bool(git("status", "--porcelain", "--", "../../dptrain", ".")),
-        "versions": {name: version_of(name) for name in ("torch", "timm", "transformers", "numpy")},
+        "dptrain": __version__,
+        "commit": _git("rev-parse", "HEAD"),
+        "changed_since_commit": bool(_git("status", "--porcelain", "--", ".")),
+        "versions": {name: version for name in packages if (version := version_of(name))},
         "python": platform.python_version(),
         "device": device,
         "machine": machine(device),
         "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d"),
-        "command": command(sys.argv[1:]),
     }
 
 
-def command(arguments: list[str]) -> str:
-    """As it was given; of files and folders, whose place is nobody's business, only the names."""
-    names = [Path(a).name if a.startswith(("/", "~")) else a for a in arguments]
-    return "python -m benchmarks.speed " + " ".join(names)
+def version_of(package: str) -> str | None:
+    """The version of an installed distribution; None if there is none."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says in the folder of the package; None outside of a repository."""
+    command = ["git", "-C", str(PACKAGE), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def without_places(traceback: str) -> str:
     """A traceback whose paths begin at the repository or the interpreter's libraries."""
-    root = str(Path(__file__).resolve().parents[2]) + os.sep
+    root = str(PACKAGE.parent) + os.sep
     return traceback.replace(root, "").replace(sys.prefix + os.sep, "")
 
 
 def machine(device: str) -> dict[str, Any]:
+    """Architecture, cores, processor and its vector instructions, and the GPU where one is used."""
     found: dict[str, Any] = {"architecture": platform.machine(), "cores": os.cpu_count()}
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         lines = cpuinfo.read_text().splitlines()
         found["processor"] = next((x.split(":")[1].strip() for x in lines if "model name" in x), None)
     found["instructions"] = torch.backends.cpu.get_cpu_capability()
-    if device.startswith("cuda"):
+    if device.startswith("cuda") and torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
         found["cuda"] = torch.version.cuda
     return found

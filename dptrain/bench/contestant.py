@@ -1,0 +1,39 @@
+"""One way of training that takes part in a measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+class Unsupported(RuntimeError):
+    """This way of training does not exist, is not installed or says itself that it does not do this."""
+
+
+@dataclass
+class Contestant:
+    """One way of training one model on one batch.
+
+    Attributes:
+        step: takes a physical step; gradients are accumulated. It waits for the device.
+        end: the rest of a logical step: noise, optimizer, gradients back to zero. It waits for the device.
+        clipped_sum: for the private ones, the sum of the clipped gradients of the batch's first n
+            examples, without noise, by parameter name; a parameter that is left out is missing or None.
+        stabiliser: what a peer documents to add to the norm in ``min(1, C / (norm + stabiliser))``.
+        held_bytes: memory for per-example gradients that it keeps from step to step.
+        first_s, later_s, end_s: seconds of the first physical step of a logical one, of a later one, and of
+            the end, one of each for a round.
+    """
+
+    name: str
+    role: Literal["case", "baseline"]
+    step: Callable[[], None]
+    end: Callable[[], None]
+    clipped_sum: Callable[[int], dict[str, Any]] | None = None
+    stabiliser: float = 0.0
+    held_bytes: Callable[[], int] = int
+    first_s: list[float] = field(default_factory=list)
+    later_s: list[float] = field(default_factory=list)
+    end_s: list[float] = field(default_factory=list)
+    warm_up_s: float = 0.0

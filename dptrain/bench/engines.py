@@ -1,0 +1,149 @@
+"""Who can take part in a case: our two engines, and the peers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dptrain.bench import exactness, jax_engine, torch_engine
+from dptrain.bench.case import Case
+from dptrain.bench.contestant import Contestant, Unsupported
+from dptrain.bench.jax_task import JaxTask
+from dptrain.bench.peers import PEERS
+from dptrain.bench.torch_task import Task
+from dptrain.core import methods
+
+OURS = ("torch", "jax")
+#: examples on which exactness is judged, of the contestant that is timed and in float64
+TIMED_EXAMPLES, FLOAT64_EXAMPLES = 16, 3
+NAMES = (*OURS, *PEERS)
+
+Maker = Callable[[], Contestant]
+
+
+@dataclass(frozen=True)
+class Field:
+    """Those that take part in a case; each is set up when it is called.
+
+    Attributes:
+        case: the private way; None where the case itself is not private.
+        baselines: ways of ordinary training, by name.
+        judge: whether the case's contestant is exact, and which parameters it trains.
+    """
+
+    case: Maker | None
+    baselines: dict[str, Maker]
+    judge: Callable[[Contestant], tuple[dict[str, Any], dict[str, Any]]]
+
+
+def check(case: Case) -> None:
+    """Refuse what no engine could make sense of.
+
+    Raises:
+        ValueError: an unknown engine, or a method that the engine does not have.
+    """
+    if case.engine not in NAMES:
+        raise ValueError(f"there is no engine {case.engine!r}; choose from {', '.join(NAMES)}.")
+    if case.engine in OURS:
+        methods.resolve(case.method)
+    elif case.method not in PEERS[case.engine].methods and not is_ordinary(case):
+        listed = ", ".join(PEERS[case.engine].methods)
+        raise ValueError(f"{case.engine} has no method {case.method!r}; choose from {listed}.")
+    if case.precision not in ("fp32", "tf32", "bf16", "fp16"):
+        raise ValueError(f"there is no precision {case.precision!r}; choose from fp32, tf32, bf16, fp16.")
+
+
+def is_ordinary(case: Case) -> bool:
+    """Whether the case is not private."""
+    try:
+        return not methods.resolve(case.method).is_private
+    except ValueError:  # a peer's own name
+        return False
+
+
+def framework(case: Case) -> str:
+    """``torch`` or ``jax``."""
+    return case.engine if case.engine in OURS else PEERS[case.engine].framework
+
+
+def enter(case: Case) -> Field:
+    """Those that take part.
+
+    Raises:
+        Unsupported: the engine, the device or the precision is not there.
+    """
+    check(case)
+    _check_device(case)
+    if case.devices > 1:
+        raise Unsupported("several devices are not supported yet.")
+    return _in_jax(case) if framework(case) == "jax" else _in_torch(case)
+
+
+def _in_torch(case: Case) -> Field:
+    n = min(case.batch_size, TIMED_EXAMPLES)
+    # Half of the examples are clipped, at the weights that every contestant starts from.
+    task = Task(case, 1.0 if is_ordinary(case) else exactness.median_norm(Task(case), n))
+
+    def judge(contestant: Contestant) -> tuple[dict[str, Any], dict[str, Any]]:
+        timed = exactness.judge(contestant, task, n)
+        return _worse(timed, _in_float64(task)), exactness.trains(contestant, task)
+
+    return Field(_own(case, task, torch_engine.private), torch_engine.baselines(task), judge)
+
+
+def _in_float64(task: Task) -> dict[str, Any]:
+    """The verdict where nothing but a wrong formula makes a difference, on a few examples."""
+    case = dataclasses.replace(task.case, batch_size=FLOAT64_EXAMPLES, compile=False)
+    wide = exactness.in_float64(Task(case))
+    wide = exactness.in_float64(Task(case, exactness.median_norm(wide, FLOAT64_EXAMPLES)))
+    own = _own(case, wide, torch_engine.private)
+    assert own is not None
+    return exactness.judge(own(), wide, FLOAT64_EXAMPLES)
+
+
+def _worse(timed: dict[str, Any], wide: dict[str, Any]) -> dict[str, Any]:
+    """One verdict of two: what is timed must be exact too, up to the rounding of its precision."""
+    told = timed if timed["verdict"] != "exact" else wide
+    return {
+        "verdict": told["verdict"],
+        "error_of_sum": wide["error_of_sum"],
+        "error_as_timed": timed["error_of_sum"],
+        "sentence": told["sentence"],
+    }
+
+
+def _in_jax(case: Case) -> Field:
+    task = JaxTask(case)
+    if not is_ordinary(case):
+        task = task.clipped_at(jax_engine.median_norm(task))
+
+    def judge(contestant: Contestant) -> tuple[dict[str, Any], dict[str, Any]]:
+        return jax_engine.judge(contestant, task), jax_engine.trains(task)
+
+    return Field(_own(case, task, jax_engine.private), jax_engine.baselines(task), judge)
+
+
+def _own(case: Case, task: Any, ours: Callable[[Any], Contestant]) -> Maker | None:
+    if is_ordinary(case):
+        return None
+    if case.engine in OURS:
+        return lambda: ours(task)
+    return lambda: PEERS[case.engine].contestant(task, case.method)
+
+
+def _check_device(case: Case) -> None:
+    on_gpu = case.device.startswith("cuda")
+    if framework(case) == "torch" and on_gpu:
+        number = int(case.device.partition(":")[2] or 0)
+        if not torch.cuda.is_available() or number >= torch.cuda.device_count():
+            raise Unsupported(f"there is no device {case.device} here.")
+    if case.precision in ("tf32", "fp16") and not on_gpu:
+        raise Unsupported(f"{case.precision} is for a GPU.")
+    if case.precision == "tf32" and framework(case) == "torch" and torch.cuda.get_device_capability()[0] < 8:
+        raise Unsupported("this GPU has no TF32.")
+    if case.precision == "fp16":
+        raise Unsupported("fp16 is not supported: bf16 needs no scaling of losses.")

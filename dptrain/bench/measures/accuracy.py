@@ -1,0 +1,66 @@
+"""Test accuracy of whole training runs, one for each seed."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+from dptrain.bench.case import Case
+from dptrain.bench.contestant import Unsupported
+from dptrain.bench.engines import OURS
+from dptrain.training import TrainConfig, train
+
+
+def accuracy(case: Case) -> dict[str, Any]:
+    """Accuracies and epsilons of runs with the seeds 0, 1, ...: reproducible, on public data.
+
+    Raises:
+        Unsupported: a peer, of which only steps are measured.
+        ConfigError: settings that no run can have.
+    """
+    if case.engine not in OURS:
+        raise Unsupported(f"whole runs are trained by {' and '.join(OURS)} alone.")
+    accuracies, epsilons, seconds = [], [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(case.seeds):
+            outcome = train(config(case, seed, Path(folder) / str(seed)))
+            accuracies.append(outcome.score.accuracy)
+            epsilons.append(outcome.epsilon if outcome.run.is_private else None)
+            seconds.append(outcome.training_s)
+    return {
+        "accuracies": accuracies,
+        "epsilons": epsilons,
+        "raw_seconds": seconds,
+        "mean": statistics.fmean(accuracies),
+        "interval95": interval95(accuracies),
+    }
+
+
+def config(case: Case, seed: int, out: Path) -> TrainConfig:
+    """The run of one seed."""
+    own = {
+        "engine": case.engine,
+        "method": case.method,
+        "model": case.model,
+        "physical_batch_size": case.batch_size,
+        "precision": case.precision,
+        "compile": case.compile,
+        "device": case.device,
+        "evaluations": 1,
+        "seed": seed,
+        "out": str(out),
+    }
+    return TrainConfig.from_dict(own | dict(case.settings))
+
+
+def interval95(values: list[float]) -> list[float] | None:
+    """Of the mean, by Student's t; None for a single value."""
+    if len(values) < 2:
+        return None
+    mean, error = statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5
+    half = stats.t.ppf(0.975, len(values) - 1) * error
+    return [mean - half, mean + half]

@@ -1,0 +1,103 @@
+"""A function in a process of its own, forked from a server that has only imported the libraries."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from dptrain.bench.outcome import Outcome, failure
+
+#: the server imports this, so that its children need not
+PRELOADED = "dptrain.bench.preloaded"
+TAIL = 4000  # characters of what a process said before it died
+
+
+class Ended(RuntimeError):
+    """One of the processes of a case ended otherwise than well: so does the case."""
+
+    def __init__(self, outcome: Outcome):
+        super().__init__(outcome.sentence)
+        self.outcome = outcome
+
+
+def run(function: Callable[..., Any], *arguments: Any, timeout_s: float = 3600.0) -> Outcome:
+    """``function(*arguments)`` elsewhere: what it does to memory, threads and globals ends with it.
+
+    Args:
+        function: of a module, as pickle wants it; so are its arguments and what it returns.
+        timeout_s: after which the process is ended; that is an error.
+    """
+    context = _context()
+    with tempfile.NamedTemporaryFile(prefix="dptrain-", suffix=".log") as log:
+        ours, theirs = context.Pipe(duplex=False)
+        killed_before = _killed_for_memory()
+        process = context.Process(target=_child, args=(theirs, log.name, function, arguments), daemon=False)
+        process.start()
+        theirs.close()
+        try:
+            outcome = ours.recv() if ours.poll(timeout_s) else None
+        except EOFError:  # it died
+            process.join()
+            return _died(process.exitcode, Path(log.name), _killed_for_memory() > killed_before)
+        except BaseException:  # Ctrl-C: the child does not hear of it
+            process.kill()
+            process.join()
+            raise
+        finally:
+            ours.close()
+        if outcome is None:
+            process.kill()
+        process.join()
+    return outcome or Outcome("error", sentence=f"it took more than {timeout_s:g} s and was ended.")
+
+
+def _context() -> Any:
+    """Forked from a server where the system can; a new interpreter each time where it cannot."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", PRELOADED])
+    return context
+
+
+def _child(connection: Connection, log: str, function: Callable[..., Any], arguments: tuple) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    with open(log, "w") as file:
+        sys.stdout.flush()
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    try:
+        outcome = Outcome("ok", function(*arguments))
+    except Ended as error:
+        outcome = error.outcome
+    except Exception as error:
+        outcome = failure(error)
+    connection.send(outcome)
+    connection.close()
+    # Libraries that wait for threads of theirs at the end have been seen to wait for ever.
+    os._exit(0)
+
+
+def _died(code: int | None, log: Path, for_memory: bool) -> Outcome:
+    """A process that ended without a word; what it wrote tells why."""
+    said = log.read_text(errors="replace")[-TAIL:]
+    if for_memory or "std::bad_alloc" in said or "RESOURCE_EXHAUSTED" in said:
+        return Outcome("out-of-memory", sentence="the process was ended for lack of memory.")
+    how = f"by {signal.Signals(-code).name}" if code is not None and code < 0 else f"with exit code {code}"
+    return Outcome("error", sentence=f"the process ended {how} without an answer.", traceback=said)
+
+
+def _killed_for_memory() -> int:
+    """How many processes of our control group the kernel has killed for lack of memory so far."""
+    try:
+        lines = Path("/sys/fs/cgroup/memory.events").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))

@@ -1,0 +1,113 @@
+"""Interleaved timing: all contestants take turns, so that whatever the machine does hits all of them."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from dptrain.bench.contestant import Contestant
+
+#: rounds that are run whatever the time
+LEAST_ROUNDS = 5
+#: what the ratio is to be known to, when there is time
+PRECISE = 0.005
+RESAMPLES = 2000
+
+
+def seconds(run: Callable[[], None]) -> float:
+    """Wall time of one call."""
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def warm_up(contestant: Contestant) -> None:
+    """A logical step of three: probing, compiling, and what a first call allocates."""
+
+    def logical_step() -> None:
+        for _ in range(3):
+            contestant.step()
+        contestant.end()
+
+    contestant.warm_up_s = seconds(logical_step)
+
+
+def race(contestants: Sequence[Contestant], accumulate: int, limit_s: float) -> None:
+    """Rounds, until the ratios are known to `PRECISE` or the time is up.
+
+    In a round each contestant takes the first physical step of a logical one, then a later one, which
+    also accumulates, then the end. Who goes first changes from round to round.
+    """
+    started, rounds = time.perf_counter(), 0
+    while True:
+        gc.collect()
+        turn = rounds % len(contestants)
+        order = [*contestants[turn:], *contestants[:turn]]
+        for c in order:
+            c.first_s.append(seconds(c.step))
+        for c in order:
+            c.later_s.append(seconds(c.step))
+        for c in order:
+            c.end_s.append(seconds(c.end))
+        rounds += 1
+        elapsed = time.perf_counter() - started
+        if rounds < LEAST_ROUNDS:
+            continue
+        if elapsed * (rounds + 1) / rounds > limit_s or _uncertainty(contestants, accumulate) < PRECISE:
+            return
+
+
+def logical_s(contestant: Contestant, accumulate: int) -> float:
+    """Seconds of a logical step of so many physical ones, from medians."""
+    first, later, end = map(statistics.median, (contestant.first_s, contestant.later_s, contestant.end_s))
+    return first + (accumulate - 1) * later + end
+
+
+def best(contestants: Sequence[Contestant], accumulate: int) -> Contestant:
+    """The fastest baseline: what all others are measured by."""
+    baselines = [c for c in contestants if c.role == "baseline"]
+    return min(baselines, key=lambda c: logical_s(c, accumulate))
+
+
+def paired_ratios(base: Contestant, contestant: Contestant, accumulate: int) -> list[float]:
+    """Ratios of the speeds within each round."""
+    return [theirs / ours for theirs, ours in zip(_rounds(base, accumulate), _rounds(contestant, accumulate))]
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    """The lower and the upper one."""
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return [low, high]
+
+
+def interval95(base: Contestant, contestant: Contestant, accumulate: int) -> list[float]:
+    """Of the ratio of the speeds, by resampling rounds (percentile bootstrap, Efron 1979)."""
+    times = np.array([[c.first_s, c.later_s, c.end_s] for c in (base, contestant)])  # [2, 3, rounds]
+    rounds = times.shape[2]
+    drawn = np.random.default_rng(0).integers(rounds, size=(RESAMPLES, rounds))
+    first, later, end = np.median(times[:, :, drawn], axis=3).swapaxes(0, 1)  # [2, resamples] each
+    whole = first + (accumulate - 1) * later + end
+    return np.percentile(whole[0] / whole[1], (2.5, 97.5)).tolist()
+
+
+def _rounds(c: Contestant, accumulate: int) -> list[float]:
+    return [f + (accumulate - 1) * n + e for f, n, e in zip(c.first_s, c.later_s, c.end_s)]
+
+
+def _uncertainty(contestants: Sequence[Contestant], accumulate: int) -> float:
+    """Half the notch of a box plot of the paired ratios, the widest there is.
+
+    1.57 (q3 - q1) / sqrt(n): McGill, Tukey and Larsen 1978, "Variations of box plots", for about 95 %.
+    """
+    base = best(contestants, accumulate)
+    widths = [0.0]
+    for c in contestants:
+        if c.role == "case":
+            ratios = paired_ratios(base, c, accumulate)
+            low, high = quartiles(ratios)
+            widths.append(1.57 * (high - low) / len(ratios) ** 0.5)
+    return max(widths)

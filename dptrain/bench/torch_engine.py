@@ -1,0 +1,103 @@
+"""Contestants of PyTorch that are ours: ordinary training and dptrain's methods."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dptrain.torch as dpt
+from dptrain.bench.contestant import Contestant, Unsupported
+from dptrain.bench.torch_task import Task
+from dptrain.core import methods
+from dptrain.core.entropy import Key
+from dptrain.core.mechanism import Mechanism
+from dptrain.torch.sections import section
+
+
+def baselines(task: Task) -> dict[str, Any]:
+    """Ways of ordinary training by name, as functions that set them up."""
+    names = ["kept", "fresh"] + ["kept compiled"] * task.case.compile
+    return {f"non-private {name}": lambda name=name: non_private(task, name) for name in names}
+
+
+def non_private(task: Task, variant: str) -> Contestant:
+    """Ordinary training: ``kept``, whose ``.grad`` buffers stay, or ``fresh``, whose are made anew.
+
+    Either accumulates over the physical batches of a logical one and divides by its size once.
+    """
+    model, batch = task.model(), task.batch
+    optimizer = task.optimizer(model)
+
+    def total_loss(batch: Any) -> Tensor:
+        return task.loss_fn(model, batch).sum()
+
+    run = torch.compile(total_loss, dynamic=False) if "compiled" in variant else total_loss
+    kept = variant.startswith("kept")
+    if kept:  # buffers of our own, also where a graph would hand out its memory
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+
+    def step() -> None:
+        with section("forward"):
+            loss = run(batch)
+        with section("backward"):
+            loss.backward()
+        task.synchronize()
+
+    def end() -> None:
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        with section("optimizer step"):
+            torch._foreach_div_(grads, task.logical_batch_size)
+            optimizer.step()
+        if kept:
+            torch._foreach_zero_(grads)
+        else:
+            optimizer.zero_grad(set_to_none=True)
+        task.synchronize()
+
+    return Contestant(f"non-private {variant}", "baseline", step, end)
+
+
+def private(task: Task) -> Contestant:
+    """dptrain by a method of its table."""
+    case, model = task.case, task.model()
+    optimizer = task.optimizer(model)
+    mechanism = Mechanism.constant(
+        noise_multiplier=1.0,
+        clip_norm=task.clip_norm,
+        sample_rate=0.1,
+        steps=10_000,
+        expected_batch_size=task.logical_batch_size,
+    )
+    options: dict[str, Any] = {"compile": True} if case.compile else {}
+    if case.budget_mib is not None:
+        if methods.resolve(case.method).name != "auto":
+            raise Unsupported("a memory budget is for the method auto.")
+        options["memory_budget"] = round(case.budget_mib * 2**20)
+    clipped = dpt.clipped_grad(model, task.loss_fn, clip_norm=task.clip_norm, method=case.method, **options)
+    key, batch = Key.from_entropy(), task.batch
+    everyone = torch.ones(case.batch_size, dtype=torch.bool, device=case.device)
+    total: dpt.ClippedSum | None = None
+    taken = 0
+
+    def step() -> None:
+        nonlocal total
+        total = clipped(batch, everyone, into=total)
+        task.synchronize()
+
+    def end() -> None:
+        nonlocal total, taken
+        assert total is not None
+        gradient = dpt.privatize(total, mechanism, key.child(taken), donate=True)
+        dpt.apply(optimizer, model, gradient)
+        total, taken = None, taken + 1
+        task.synchronize()
+
+    def clipped_sum(n: int) -> dict[str, Tensor]:
+        mask = torch.arange(case.batch_size, device=case.device) < n
+        return clipped(batch, mask).grads
+
+    held_bytes = lambda: clipped.workspace_bytes  # noqa: E731
+    return Contestant(f"torch {case.method}", "case", step, end, clipped_sum, held_bytes=held_bytes)

@@ -1,0 +1,258 @@
+"""Every measure on tiny models, through processes and records as the commands do it."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dptrain.bench import Case, Records
+from dptrain.bench import run as runs
+from dptrain.bench.contestant import Contestant
+from dptrain.bench.measures.accuracy import interval95 as interval_of_mean
+from dptrain.bench.measures.batch_size import Search
+from dptrain.bench.outcome import Outcome
+from dptrain.bench.processes import Ended
+from dptrain.bench.race import best, interval95, logical_s, paired_ratios, race
+from dptrain.bench.timeline import sections
+from dptrain.cli import main
+
+TINY = {
+    "model": "convnet",
+    "image_size": 8,
+    "num_classes": 4,
+    "batch_size": 4,
+    "accumulate": 2,
+    "seconds": 0.1,
+}
+
+
+def measured(tmp_path, **changes):
+    (record,) = runs.run([Case(**TINY | changes)], tmp_path)
+    assert record.status == "ok", (record.sentence, record.traceback)
+    return record.results
+
+
+def test_throughput(tmp_path):
+    found = measured(tmp_path)
+    assert found["exactness"]["verdict"] == "exact" and found["exactness"]["error_of_sum"] < 1e-9
+    assert found["trains"]["parameters"] == found["trains"]["of"] > 0 and not found["trains"]["skipped"]
+    contestants = found["contestants"]
+    assert {c["role"] for c in contestants.values()} == {"case", "baseline"}
+    baselines = {n: c["logical_step_s"] for n, c in contestants.items() if c["role"] == "baseline"}
+    assert found["baseline"] == min(baselines, key=baselines.get) and len(baselines) == 2
+    own = contestants["torch auto"]
+    assert len(own["raw_later_physical_step_s"]) >= 5
+    assert own["examples_per_s"] == pytest.approx(8 / own["logical_step_s"])
+    assert found["ratio_to_non_private"] == pytest.approx(min(baselines.values()) / own["logical_step_s"])
+
+
+def test_what_is_not_private_is_its_own_baseline(tmp_path):
+    found = measured(tmp_path, method="public")
+    assert found["ratio_to_non_private"] == 1 and found["exactness"]["verdict"] == "non-private"
+
+
+def test_memory_and_its_anatomy(tmp_path):
+    found = measured(tmp_path, measure="memory", model="mlp", image_size=32, method="per-example")
+    size = 4 * (3 * 32 * 32 * 128 + 128 + 128 * 4 + 4)
+    parts = found["anatomy_bytes"]
+    assert parts["parameters"] == parts["gradients"] == size and parts["optimizer"] == 2 * size
+    assert parts["per-example gradients"] >= 4 * size * 0.9  # one for each of four examples
+    assert found["peak_bytes"] > 3 * size and found["baseline_peak_bytes"] > 3 * size
+    assert list(found["snapshots_bytes"]) == ["after gradient", "after clip", "after noise", "after step"]
+
+
+def test_profile_and_traces(tmp_path):
+    found = measured(tmp_path, measure="profile")
+    assert {"forward", "backward", "clip and accumulate", "noise", "optimizer step"} <= found[
+        "sections_s"
+    ].keys()
+    assert found["baseline_sections_s"].keys() == {"forward", "backward", "optimizer step"}
+    for name in found["traces"]:
+        assert json.loads((tmp_path / "traces" / name).read_text())["traceEvents"]
+
+
+def test_compile(tmp_path):
+    found = measured(tmp_path, measure="compile")
+    assert found["first_step_s"] == pytest.approx(found["compile_s"] + found["later_step_s"])
+
+
+def test_accuracy_over_seeds(tmp_path):
+    settings = (("data", "digits"), ("steps", 2))
+    found = measured(tmp_path, measure="accuracy", model="linear", seeds=2, batch_size=64, settings=settings)
+    assert len(found["accuracies"]) == len(found["epsilons"]) == 2
+    low, high = found["interval95"]
+    assert low <= found["mean"] <= high
+
+
+def test_interval_of_a_mean():
+    # Student's t with two degrees of freedom: 4.303 s / sqrt(3).
+    low, high = interval_of_mean([1.0, 2.0, 3.0])
+    assert (low, high) == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), rel=1e-4)
+    assert interval_of_mean([1.0]) is None
+
+
+def test_batch_size_under_a_limit(tmp_path):
+    found = measured(
+        tmp_path, measure="batch-size", model="mlp", image_size=64, method="per-example", memory_gib=0.6
+    )
+    tried = {t["batch_size"]: t["status"] for t in found["tries"]}
+    assert tried[found["largest"]] == "ok" and "out-of-memory" in tried.values()
+    # An example's gradient alone takes 6.3 MB.
+    assert 4 < found["largest"] < 0.6 * 2**30 / 6.3e6
+
+
+@pytest.mark.parametrize("limit", [0, 1, 7, 8, 9, 1000, 1003])
+def test_bisection_finds_the_edge(limit):
+    def attempt(size):
+        fits = size <= limit
+        return Outcome("ok", {"peak_bytes": 10 * size}) if fits else Outcome("out-of-memory")
+
+    search = Search(attempt, 8, 10 * limit)
+    assert limit - max(1, 0.02 * limit) <= search.run() <= limit
+    assert len(search.tries) < 15
+
+
+def test_bisection_ends_at_errors():
+    with pytest.raises(Ended, match="a bug"):
+        Search(lambda size: Outcome("error", sentence="a bug"), 8, 100).run()
+
+
+def test_finished_cases_are_not_measured_again(tmp_path, monkeypatch):
+    measured_cases = []
+    statuses = {4: "ok", 8: "out-of-memory", 16: "unsupported", 32: "error"}
+
+    def measure(case, folder, timeout_s):
+        measured_cases.append(case.batch_size)
+        return runs.Record(case, statuses[case.batch_size])
+
+    monkeypatch.setattr(runs, "measure", measure)
+    cases = [Case(**TINY | {"batch_size": size}) for size in statuses]
+    assert [r.status for r in runs.run([*cases, cases[0]], tmp_path)] == list(statuses.values())
+    runs.run(cases, tmp_path)
+    assert measured_cases == [4, 8, 16, 32, 16, 32]
+    assert len(list(Records(tmp_path))) == 4
+
+
+def test_all_cases_are_checked_before_the_first_is_measured(tmp_path):
+    with pytest.raises(ValueError, match="no engine"):
+        runs.run([Case(**TINY), Case(engine="nobody")], tmp_path)
+    assert not (tmp_path / "records").exists()
+
+
+def test_what_is_not_there_is_unsupported(tmp_path):
+    cases = [
+        Case(**TINY | {"device": "cuda:7"}),
+        Case(**TINY | {"precision": "tf32"}),
+        Case(**TINY, devices=2),
+    ]
+    sentences = [record.sentence for record in runs.run(cases, tmp_path)]
+    assert sentences == [
+        "there is no device cuda:7 here.",
+        "tf32 is for a GPU.",
+        "several devices are not supported yet.",
+    ]
+
+
+def test_ratios_are_of_medians_and_of_rounds():
+    def never():
+        raise AssertionError
+
+    base = Contestant("a", "baseline", never, never, first_s=[1, 1, 9], later_s=[1, 1, 1], end_s=[0, 0, 0])
+    slower = Contestant("b", "case", never, never, first_s=[2, 2, 2], later_s=[2, 2, 2], end_s=[0, 0, 0])
+    assert logical_s(base, 4) == 4 and logical_s(slower, 4) == 8
+    assert best([slower, base], 4) is base
+    assert paired_ratios(base, slower, 4) == [0.5, 0.5, 1.5]
+    low, high = interval95(base, slower, 4)
+    assert low == 0.5 and 0.5 <= high <= 1.5
+
+
+def test_contestants_take_turns():
+    turns = []
+
+    def contestant(name, role):
+        return Contestant(name, role, lambda: turns.append(name), lambda: time.sleep(0.001))
+
+    race([contestant("a", "case"), contestant("b", "baseline")], accumulate=2, limit_s=0.01)
+    assert turns[:8] == ["a", "b", "a", "b", "b", "a", "b", "a"]
+
+
+class Event:
+    def __init__(self, name, start, end=0, size=0):
+        self._name, self._start, self._end, self._size = name, start, end, size
+
+    def name(self):
+        return self._name
+
+    def start_ns(self):
+        return self._start
+
+    def duration_ns(self):
+        return self._end - self._start
+
+    def nbytes(self):
+        return self._size
+
+    def device_type(self):
+        return "DeviceType.CPU"
+
+
+def test_sections_count_what_is_within_them_once():
+    found = sections(
+        [
+            Event("dptrain::backward", 10, 100),
+            Event("dptrain::norms", 20, 50),
+            Event("dptrain::deeper", 30, 40),
+            Event("dptrain::norms", 60, 70),
+            Event("other", 0, 1000),
+            Event("[memory]", 5, size=100),
+            Event("[memory]", 25, size=50),
+            Event("[memory]", 35, size=-20),
+            Event("[memory]", 95, size=-100),
+        ],
+        "cpu",
+    )
+    alone = [(s.name, round(s.alone_s * 1e9)) for s in found]
+    assert alone == [("backward", 50), ("norms", 20), ("deeper", 10), ("norms", 10)]
+    backward, norms = found[0], found[1]
+    assert (backward.before, backward.peak, backward.after) == (100, 150, 30)
+    assert (norms.before, norms.peak, norms.after) == (100, 150, 130)
+
+
+def test_the_command(tmp_path, capsys):
+    options = ["--model", "linear", "--image-size", "8", "--batch-size", "4", "--seconds", "0.1"]
+    command = ["bench", "compile", "--method", "auto", "opacus:O-flat", "--engine", "torch", *options]
+    assert main([*command, "--out", str(tmp_path)]) == 0
+    assert len(list((tmp_path / "records").glob("*.json"))) == 2
+    assert main(["bench", "throughput", "--method", "nonsense", *options, "--out", str(tmp_path)]) == 2
+    assert "clipping method 'nonsense' is unknown" in capsys.readouterr().err
+
+
+def test_everything_is_listed(capsys):
+    assert main(["bench", "--list"]) == 0
+    listed = capsys.readouterr().out
+    for name in (
+        "O-flat",
+        "O-ghost",
+        "PV-ghost_mixed",
+        "BK-MixOpt",
+        "private-mini",
+        "functorch_dp",
+        "batch-size",
+    ):
+        assert name in listed
+
+
+def test_ctrl_c_keeps_what_is_finished(tmp_path):
+    """The process of a case does not hear of it; its parent ends it and says what there is."""
+    command = [sys.executable, "-m", "dptrain", "bench", "compile", "--model", "linear", "vit-base"]
+    command += ["--image-size", "32", "--batch-size", "4", "--out", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not list(tmp_path.glob("records/*linear*")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(2)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Interrupted" in err and "1 records" in out
+    assert [path.name for path in (tmp_path / "records").iterdir()] == [next(tmp_path.glob("records/*")).name]
