@@ -11,7 +11,8 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.speed.environment import environment, save
+from benchmarks.record import save
+from dptrain.bench.environment import environment
 from dptrain.training import TrainConfig, train
 
 CONFIG = {

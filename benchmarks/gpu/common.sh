@@ -1,26 +1,21 @@
 # What the scripts of this folder share; not to be run by itself.
 #
-#   OUT      folder for records               (results)
+#   OUT      folder for records               (results/gpu)
 #   PYTHON   interpreter with the libraries   (python)
 #   DEVICE   cuda, or cpu to try the scripts  (cuda)
-#   SMALL    1: tiny models, few seconds each, to try the scripts; figures mean nothing
+#   SMALL    1: tiny images and batches, a second each, to try the scripts; figures mean nothing
+#
+# Each case has its process and its record; what has a record is not measured again, so that a script that
+# ran out of time goes on where it was.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-out=${OUT:-results}
+out=${OUT:-results/gpu}
 python=${PYTHON:-python}
 device=${DEVICE:-cuda}
-small=${SMALL:+--small --batch 2 --seconds 1}
+small=${SMALL:+--image-size 32 --batch-size 2 --seconds 0.5}
 mkdir -p "$out"
 
-# Time a case; what fails is said, and the next one runs.
-speed() {
-    "$python" -m benchmarks.speed "$@" --device "$device" $small || echo "failed: $*" >&2
-}
-
-# The largest batch under $1 GiB, the other arguments as they are.
-largest() {
-    local gib=$1
-    shift
-    "$python" -m benchmarks.speed largest --gib "$gib" --device "$device" \
-        ${SMALL:+--small-model --from 2 --resolution 0.5} "$@" || echo "failed: $*" >&2
+# `dptrain bench` with these arguments; what fails is said, and the next one runs.
+bench() {
+    "$python" -m dptrain bench "$@" --device "$device" --out "$out" $small || echo "failed: $*" >&2
 }

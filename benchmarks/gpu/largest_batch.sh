@@ -5,7 +5,5 @@
 #   benchmarks/gpu/largest_batch.sh 40
 #   benchmarks/gpu/largest_batch.sh 32
 source "$(dirname "$0")/common.sh"
-gib=${1:-40}
-largest "$gib" --model vit-base --precision fp32 \
-    --contestants "non-private fresh,non-private kept,auto,bk-ghost,bk-mix-opt,ghost,per-example,opacus" \
-    --out "$out/gpu-largest-vit-base-$gib.json"
+bench batch-size --model vit-base --batch-size 16 --memory-gib "${1:-40}" \
+    --method non-private auto bk-ghost bk-mix-opt ghost per-example opacus:O-flat

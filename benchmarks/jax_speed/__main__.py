@@ -19,9 +19,9 @@ import numpy as np
 import optax
 
 import dptrain.jax as dpj
-from benchmarks.speed.environment import Quiet, environment, save
-from benchmarks.zoo.engines import version_of
+from benchmarks.record import command, save
 from dptrain import Mechanism
+from dptrain.bench.environment import Quiet, environment, version_of
 from dptrain.core.entropy import Key
 
 from .cases import CASES, Case
@@ -145,7 +145,7 @@ def measure(case: Case, methods: list[str], size: int, limit_s: float, say: Call
             results[name]["float64"] = {"error_of_sum": in_float64(case, name)}
     where = environment(jax.default_backend())
     where["versions"] = {n: version_of(n) for n in ("jax", "jaxlib", "optax", "jax-privacy", "numpy")}
-    where["command"] = where["command"].replace("benchmarks.speed", "benchmarks.jax_speed")
+    where["command"] = command("benchmarks.jax_speed")
     return {
         "kind": "speed in JAX",
         "case": {

@@ -77,7 +77,7 @@ def enter(case: Case) -> Field:
         Unsupported: the engine, the device or the precision is not there.
     """
     check(case)
-    _check_device(case)
+    check_device(case)
     if case.devices > 1:
         raise Unsupported("several devices are not supported yet.")
     return _in_jax(case) if framework(case) == "jax" else _in_torch(case)
@@ -90,7 +90,7 @@ def _in_torch(case: Case) -> Field:
 
     def judge(contestant: Contestant) -> tuple[dict[str, Any], dict[str, Any]]:
         timed = exactness.judge(contestant, task, n)
-        return _worse(timed, _in_float64(task)), exactness.trains(contestant, task)
+        return _verdict(timed, _in_float64(task), case.precision), exactness.trains(contestant, task)
 
     return Field(_own(case, task, torch_engine.private), torch_engine.baselines(task), judge)
 
@@ -105,9 +105,10 @@ def _in_float64(task: Task) -> dict[str, Any]:
     return exactness.judge(own(), wide, FLOAT64_EXAMPLES)
 
 
-def _worse(timed: dict[str, Any], wide: dict[str, Any]) -> dict[str, Any]:
-    """One verdict of two: what is timed must be exact too, up to the rounding of its precision."""
-    told = timed if timed["verdict"] != "exact" else wide
+def _verdict(timed: dict[str, Any], wide: dict[str, Any], precision: str) -> dict[str, Any]:
+    """One of two: in float32 what is timed must be exact too, up to rounding. In narrower types rounding can
+    be anything; the record has its error."""
+    told = timed if timed["verdict"] != "exact" and precision == "fp32" else wide
     return {
         "verdict": told["verdict"],
         "error_of_sum": wide["error_of_sum"],
@@ -135,7 +136,8 @@ def _own(case: Case, task: Any, ours: Callable[[Any], Contestant]) -> Maker | No
     return lambda: PEERS[case.engine].contestant(task, case.method)
 
 
-def _check_device(case: Case) -> None:
+def check_device(case: Case) -> None:
+    """Raises Unsupported where the device is not there, or does not compute in the case's precision."""
     on_gpu = case.device.startswith("cuda")
     if framework(case) == "torch" and on_gpu:
         number = int(case.device.partition(":")[2] or 0)

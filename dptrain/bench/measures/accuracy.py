@@ -11,7 +11,7 @@ from scipy import stats
 
 from dptrain.bench.case import Case
 from dptrain.bench.contestant import Unsupported
-from dptrain.bench.engines import OURS
+from dptrain.bench.engines import OURS, check_device
 from dptrain.training import TrainConfig, train
 
 
@@ -24,6 +24,7 @@ def accuracy(case: Case) -> dict[str, Any]:
     """
     if case.engine not in OURS:
         raise Unsupported(f"whole runs are trained by {' and '.join(OURS)} alone.")
+    check_device(case)
     accuracies, epsilons, seconds = [], [], []
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(case.seeds):

@@ -9,6 +9,7 @@ from dptrain.bench.case import Case
 from dptrain.bench.contestant import Contestant
 from dptrain.bench.engines import enter
 from dptrain.bench.outcome import failure
+from dptrain.bench.recompilations import recompilations
 from dptrain.bench.torch_task import arithmetic
 
 
@@ -16,7 +17,8 @@ def throughput(case: Case) -> dict[str, Any]:
     """Check, warm up, race; see docs/records.md for the fields."""
     with arithmetic(case.precision):
         field = enter(case)
-        own, verdict = None, {"exactness": {"verdict": "non-private"}, "trains": None}
+        own: Contestant | None = None
+        verdict: dict[str, Any] = {"exactness": {"verdict": "non-private"}, "trains": None}
         if field.case is not None:
             own = field.case()
             exactness, trains = field.judge(own)
@@ -36,6 +38,8 @@ def throughput(case: Case) -> dict[str, Any]:
         if len(racing) == (own is not None):
             raise RuntimeError(f"no baseline runs: {results}")
         race.race(racing, case.accumulate, case.seconds)
+        if own is not None and case.compile:
+            verdict["recompilations"] = recompilations(own, case.batch_size)
         base = race.best(racing, case.accumulate)
         results |= {c.name: _figures(c, case) for c in racing}
         shown = own or base

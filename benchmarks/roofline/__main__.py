@@ -1,6 +1,6 @@
 """What speed the machine allows: operations and bytes of ordinary training, and of clipping beside it.
 
-python -m benchmarks.speed roofline vit-tiny bit-50x1 --out results/cpu-roofline.json
+python -m benchmarks.roofline vit-tiny bit-50x1 --out results/cpu-roofline.json
 
 Clipping replaces the ordinary weight gradients and adds work of its own. For a use with T positions, a
 weight of d x p and B examples:
@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,13 +37,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 import dptrain.torch as dpt
+from benchmarks.record import command, save
+from dptrain.bench.environment import Quiet, environment
 from dptrain.torch.uses.convolution import Convolution
 from dptrain.torch.uses.lookup import Lookup
 
 from .cases import CASES, SMALL, Case
-from .environment import Quiet, environment, save
-from .race import seconds
-from .rates import Rates, measure_rates
+from .rates import Rates, measure_rates, seconds
 
 ITEMSIZE = 4
 #: row blocks of a symmetric product
@@ -190,9 +191,7 @@ def row(
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.speed roofline", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__.split("\n")[0])
     parser.add_argument("case", nargs="*", choices=[[], *CASES], metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--accumulate", type=int, default=16, help="physical batches in a logical one")
@@ -203,8 +202,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str]) -> int:
-    args = arguments(argv)
+def main() -> int:
+    args = arguments(sys.argv[1:])
     torch.set_num_threads(args.threads)
     with Quiet() as quiet:
         rates = measure_rates(args.device, *((256, 2**22) if args.small else ()))
@@ -216,7 +215,7 @@ def main(argv: list[str]) -> int:
             print(line(name, rows[name]), flush=True)
     record = {
         "kind": "roofline",
-        "environment": environment(args.device),
+        "environment": environment(args.device) | {"command": command("benchmarks.roofline")},
         "quiet": quiet.record(),
         "rates": rates.record,
         "cases": rows,
@@ -239,3 +238,7 @@ def line(name: str, row: dict[str, Any]) -> str:
             f"ratio allowed {row['ratio_allowed']:.3f}",
         ]
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,9 +9,9 @@ import json
 import re
 from pathlib import Path
 
-from benchmarks.speed import figure, tables
+from benchmarks.summary import figure, tables
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def records() -> dict[str, dict]:

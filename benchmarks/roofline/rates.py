@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,8 +11,6 @@ import torch
 
 from dptrain.core.entropy import Key
 from dptrain.torch.noise import noisy_mean
-
-from .race import seconds
 
 TRIES = 5
 #: bytes that no cache holds, and bytes that one does
@@ -67,3 +66,13 @@ def measure_rates(device: str = "cpu", side: int = 2048, large: int = LARGE) -> 
         read_cached_bytes_per_s=64 * SMALL / best(again),
         noise_per_s=4 * 2**20 / best(lambda: noisy_mean(sums, 1.0, 1.0, key, out=sums)),
     )
+
+
+def seconds(run: Callable[[], object], device: str) -> float:
+    """Wall time of one call, the device's work included."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    wait()
+    started = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - started

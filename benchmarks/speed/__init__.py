@@ -1,1 +1,0 @@
-"""Private against non-private training: time, memory, and what the machine would allow."""
