@@ -15,8 +15,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def records() -> dict[str, dict]:
-    paths = sorted((ROOT / "results").glob("*.json"))
-    return {path.name: json.loads(path.read_text()) for path in paths}
+    """By file name under ``results/``: those of single commands, and the folders of ``dptrain bench``."""
+    root = ROOT / "results"
+    paths = [*sorted(root.glob("*.json")), *sorted(root.glob("*/records/*.json"))]
+    return {str(path.relative_to(root)): json.loads(path.read_text()) for path in paths}
 
 
 def accuracy_rows(found: dict[str, dict]) -> list[str]:
@@ -87,6 +89,7 @@ def main() -> None:
         "measured": measured,
         "speed": tables.speed(found),
         "speed on a GPU": tables.speed(found, "cuda"),
+        "benched": tables.benched(found),
         "speed in jax": tables.speed_in_jax(found),
         "engines": tables.engines(found),
         "memory": tables.memory(found),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from typing import Any
@@ -143,19 +144,49 @@ def speed_in_jax(found: dict[str, Record], device: str = "cpu") -> Rows:
     return table(head, rows)
 
 
+def measured(found: dict[str, Record], measure: str) -> dict[str, Record]:
+    """Records of ``dptrain bench`` that went well, those of reproductions apart."""
+    return {
+        name: record
+        for name, record in found.items()
+        if record.get("status") == "ok"
+        and record["case"]["measure"] == measure
+        and not name.startswith("reproduced")
+    }
+
+
 def engines(found: dict[str, Record]) -> Rows:
-    """Accuracy of the same recipe on both engines."""
+    """Accuracy of the same run on both engines."""
     rows = []
-    for name, record in found.items():
-        if record.get("kind") != "engines":
-            continue
-        for engine, runs in record["accuracy"].items():
-            mean, spread = statistics.mean(runs), statistics.stdev(runs)
-            rows.append(
-                f"| {record['what']} | {engine} | {100 * mean:.2f} % ± {100 * spread:.2f} | {len(runs)} | "
-                f"`results/{name}` |"
-            )
-    return table("run | engine | test accuracy, mean and deviation | seeds | record", rows)
+    for name, record in measured(found, "accuracy").items():
+        case, results = record["case"], record["results"]
+        settings = ", ".join(f"{k} {v}" for k, v in case["settings"] if k != "weights")
+        low, high = results["interval95"] or (math.nan, math.nan)
+        rows.append(
+            f"| {case['model']}, {settings} | {case['engine']} | {100 * results['mean']:.2f} % "
+            f"({100 * low:.2f} to {100 * high:.2f}) | {len(results['accuracies'])} | `results/{name}` |"
+        )
+    return table("run | engine | test accuracy (95 % interval of the mean) | seeds | record", rows)
+
+
+def benched(found: dict[str, Record]) -> Rows:
+    """Throughput records of ``dptrain bench``, one row each."""
+    rows = []
+    for name, record in measured(found, "throughput").items():
+        case, r = record["case"], record["results"]
+        low, high = r["interval95_of_ratio"]
+        exactness = r["exactness"]
+        error = exactness.get("error_of_sum")
+        step = 1e3 * r["contestants"][r["baseline"]]["logical_step_s"] / case["accumulate"]
+        how = case["precision"] + (", compiled" if case["compile"] else "")
+        base = r["baseline"].removeprefix("non-private ")
+        rows.append(
+            f"| {case['model']} at {case['image_size']}, batch {case['batch_size']}, {how} | "
+            f"{case['engine']} {case['method']} | {step:,.0f} ms, {base} | "
+            f"**{r['ratio_to_non_private']:.2f}** ({low:.2f} to {high:.2f}) | {exactness['verdict']}"
+            f"{'' if error is None else f', {error:.0e}'} | `results/{name}` |"
+        )
+    return table("model | way | non-private physical step | ratio (95 %) | gradient | record", sorted(rows))
 
 
 def memory(found: dict[str, Record], device: str = "cpu") -> Rows:

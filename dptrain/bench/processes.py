@@ -62,6 +62,8 @@ def _context() -> Any:
     """Forked from a server where the system can; a new interpreter each time where it cannot."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
+    if multiprocessing.parent_process() is not None:  # a case that tries things: it has only imported, too
+        return multiprocessing.get_context("fork")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", PRELOADED])
     return context

@@ -16,6 +16,7 @@ from dptrain import report
 from dptrain.bench import Records
 from dptrain.cli.bench_display import watched
 from dptrain.cli.errors import BAD_INPUT_ERRORS
+from dptrain.recipes.seeds import seed_methods
 from dptrain.recipes.studies import STUDIES, study
 from dptrain.recipes.study import Scale, Study, estimate_s, manifest
 from dptrain.report import tables
@@ -103,6 +104,13 @@ def _list() -> int:
             f"{cost['small']:.0f} min",
             f"{cost['paper']:.0f} GPU h",
         )
+    console.print(table)
+    table = Table(title="methods, as the original scripts call them", title_justify="left")
+    for name in ("name there", "as a case here"):
+        table.add_column(name)
+    for name, case in seed_methods().items():
+        options = [case.precision] * (case.precision != "fp32") + ["--compile"] * case.compile
+        table.add_row(name, " ".join([case.measure, f"{case.engine}:{case.method}", *options]))
     console.print(table)
     return 0
 

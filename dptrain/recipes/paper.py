@@ -76,7 +76,7 @@ def fig1(scale: Scale) -> list[Case]:
 
 def fig2(scale: Scale) -> list[Case]:
     if scale == "small":
-        return of(_search(2.0), PLAIN, OPACUS, OURS) + of(_search(2.0), PLAIN, OPACUS, model="vit-small")
+        return of(_search(0.6), PLAIN, OPACUS, OURS) + of(_search(0.6), PLAIN, OPACUS, model="vit-small")
     return [c for m in (*VITS, *BITS) for c in of(_search(A100_GIB, m), PLAIN, OPACUS, OURS)]
 
 
@@ -98,7 +98,7 @@ def fig4(scale: Scale) -> list[Case]:
 
 def table2(scale: Scale) -> list[Case]:
     if scale == "small":
-        return of(_search(1.6), PLAIN, OPACUS) + of(_search(2.0), PLAIN, OPACUS, PV, BK, OURS)
+        return of(_search(0.3), PLAIN, OPACUS) + of(_search(0.4), PLAIN, OPACUS, PV, BK, OURS)
     own = [("torch", m) for m in ("per-example", "ghost", "mixed-ghost", "bk-ghost", "bk-mixed-ghost")]
     ways = (PLAIN, OPACUS, PV, PV_MIXED, BK, BK_MIXED, BK_OPT, *own, ("torch", "bk-mix-opt"), OURS)
     return [case for gib in (V100_GIB, A100_GIB) for case in of(_search(gib, "vit-base"), *ways)]
@@ -269,7 +269,7 @@ def _search(memory_gib: float, model: str = "") -> Case:
         return replace(
             gpu(model), measure="batch-size", batch_size=start, accumulate=16, memory_gib=memory_gib
         )
-    return replace(TINY, measure="batch-size", batch_size=8, memory_gib=memory_gib)
+    return replace(TINY, measure="batch-size", batch_size=4, memory_gib=memory_gib)
 
 
 def _scaling(scale: Scale, counts: tuple[int, ...]) -> list[Case]:

@@ -68,7 +68,7 @@ class TrainConfig:
     pretrained: bool = False
     """Load the pre-trained weights of a timm or hf: model from its hub or folder."""
     weights: Path | None = None
-    """Load weights from this safetensors file."""
+    """Load weights from this safetensors file, looked for where you are and then under --data-dir."""
     trainable: str = "all"
     """all; head; bias (biases, head); norm (normalisation, head); lora (low-rank adapters on the
     linear layers of all blocks, head); or a regular expression."""

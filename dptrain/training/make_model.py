@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
 
 from dptrain import torch as dpt
 from dptrain.data import ResidentTexts, Splits
+from dptrain.data.sources import default_data_dir
 from dptrain.models import Text, WeightReport, add_lora, build_with_report
 from dptrain.training.config import TrainConfig
 
@@ -28,7 +30,7 @@ def make_model(config: TrainConfig, splits: Splits) -> Made:
     """
     text = _text(splits)
     model, weights = build_with_report(
-        config.model, splits.num_classes, splits.input_shape, config.pretrained, config.weights, text
+        config.model, splits.num_classes, splits.input_shape, config.pretrained, _weights(config), text
     )
     conversion = None
     if config.convert:
@@ -38,6 +40,14 @@ def make_model(config: TrainConfig, splits: Splits) -> Made:
         on_cpu = {k: v.cpu() for k, v in example.items()} if isinstance(example, dict) else example.cpu()
         add_lora(model, config.lora_rank, config.lora_alpha, on_cpu)
     return Made(model, weights, conversion)
+
+
+def _weights(config: TrainConfig) -> Path | None:
+    """The file of weights, looked for where we are and then beside the data."""
+    if config.weights is None or config.weights.exists():
+        return config.weights
+    beside_the_data = (config.data_dir or default_data_dir()) / config.weights
+    return beside_the_data if beside_the_data.exists() else config.weights
 
 
 def _text(splits: Splits) -> Text | None:

@@ -110,7 +110,7 @@ def test_bisection_finds_the_edge(limit):
         return Outcome("ok", {"peak_bytes": 10 * size}) if fits else Outcome("out-of-memory")
 
     search = Search(attempt, 8, 10 * limit)
-    assert limit - max(1, 0.02 * limit) <= search.run() <= limit
+    assert limit - max(1, 0.03 * limit) <= search.run() <= limit
     assert len(search.tries) < 15
 
 

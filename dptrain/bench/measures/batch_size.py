@@ -19,8 +19,10 @@ from dptrain.bench.processes import Ended, run
 from dptrain.bench.torch_task import arithmetic
 
 #: relative: the search ends when the answer is known to this, or exactly
-RESOLUTION = 0.02
+RESOLUTION = 0.03
 TRY_TIMEOUT_S = 900.0
+#: times a size that fits, a guess may go
+FARTHEST = 8
 
 
 def batch_size(case: Case) -> dict[str, Any]:
@@ -52,24 +54,25 @@ def batch_size(case: Case) -> dict[str, Any]:
 
 
 def fits(case: Case, room: int) -> dict[str, float]:
-    """Two logical steps of two physical ones under the limit: peak bytes and the time of a physical step."""
+    """A logical step of two physical ones and one step more: peak bytes, and seconds of a physical step."""
     gauge = meter(case.device)
     limit(case.device, room)
     with arithmetic(case.precision):
         contestant = alone(case)
-        for _ in range(2):
-            times = [race.seconds(contestant.step) for _ in range(2)]
-            contestant.end()
+        contestant.step()
+        times = [race.seconds(contestant.step)]
+        contestant.end()
+        times.append(race.seconds(contestant.step))
     return {"peak_bytes": gauge.peak(), "physical_step_s": min(times)}
 
 
 @dataclass
 class Search:
-    """Bisection with a guess.
+    """Bisection that guesses: peaks grow in proportion to the batch.
 
     Attributes:
         attempt: what came of a batch size.
-        small: where to begin; half of it is tried too.
+        small: where to begin.
         limit_bytes: what the peaks are extrapolated to.
         tries: all outcomes, by size.
     """
@@ -79,46 +82,41 @@ class Search:
     limit_bytes: int
     tries: dict[int, Outcome] = field(default_factory=dict)
 
-    def fits(self, size: int) -> bool:
-        """Raises Ended where it failed for another reason than memory."""
-        if size not in self.tries:
-            self.tries[size] = self.attempt(size)
+    def run(self) -> int:
+        """The largest size that was seen to fit, 0 if one example does not.
+
+        Raises Ended where a try failed for another reason than memory.
+        """
+        low, high = 0, None
+        size: int | None = self.small
+        while size is not None:
+            low, high = (size, high) if self._fits(size) else (low, size)
+            size = self._next(low, high)
+        return low
+
+    def _fits(self, size: int) -> bool:
+        self.tries[size] = self.attempt(size)
         if self.tries[size].status not in ("ok", "out-of-memory"):
             raise Ended(self.tries[size])
         return self.tries[size].status == "ok"
 
-    def run(self) -> int:
-        """The largest size that was seen to fit, 0 if one example does not."""
-        low, high = self._bracket()
-        while high - low > max(1, round(RESOLUTION * low)):
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.fits(middle) else (low, middle)
-        return low
+    def _next(self, low: int, high: int | None) -> int | None:
+        """What to try between a size that fits and one that does not; None where the edge is known."""
+        step = max(1, round(RESOLUTION * low))
+        if high is None:
+            return min(max(self._guess(low), low + 4 * step), FARTHEST * low)
+        if high - low <= step:
+            return None
+        middle = (low + high) // 2
+        if len(self.tries) % 3 == 0:  # guesses may creep
+            return middle
+        return min(max(self._guess(low) or middle, low + step), high - 1)
 
-    def _bracket(self) -> tuple[int, int]:
-        """A size that fits and one that does not."""
-        if not self.fits(self.small):
-            return 0, self.small
-        low, guess = self.small, self._guess()
-        step = max(1, round(2 * RESOLUTION * guess))
-        while self.fits(guess):
-            low, guess, step = guess, guess + step, 2 * step
-        high = guess
-        while low == self.small and high - step > low:
-            guess, step = high - step, 2 * step
-            if self.fits(guess):
-                low = guess
-            else:
-                high = guess
-        return low, high
-
-    def _guess(self) -> int:
-        """Where the line through the peaks of two sizes meets the limit."""
-        half = max(1, self.small // 2)
-        if half == self.small or not self.fits(half):
-            return 2 * self.small
-        first, second = (self.tries[size].value["peak_bytes"] for size in (half, self.small))
-        slope = (second - first) / (self.small - half)
-        if slope <= 0:
-            return 2 * self.small
-        return max(self.small + 1, self.small + int((self.limit_bytes - second) / slope))
+    def _guess(self, low: int) -> int:
+        """Where the line through the peaks of the two largest sizes that fit meets the limit; 0: unknown."""
+        fitting = sorted(size for size, tried in self.tries.items() if tried.status == "ok")[-2:]
+        if len(fitting) < 2:
+            return 2 * low
+        first, second = (self.tries[size].value["peak_bytes"] for size in fitting)
+        slope = (second - first) / (fitting[1] - fitting[0])
+        return low + int((self.limit_bytes - second) / slope) if slope > 0 else 2 * low
