@@ -15,6 +15,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 _CACHE = tempfile.TemporaryDirectory()
 os.environ["DPTRAIN_CACHE"] = _CACHE.name
 os.environ["HF_DATASETS_CACHE"] = _CACHE.name
+# Two processes of tests share the cores: threads that spin while they wait would take them from each other.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 THINGS = ("film", "meal", "room", "book", "trip", "song")
 WORDS = {"good": ("lovely", "great", "fine", "superb"), "bad": ("awful", "poor", "dull", "broken")}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from torch.profiler import ProfilerActivity, profile
 
 from dptrain.bench.contestant import Contestant
-from dptrain.torch.sections import PREFIX
+from dptrain.torch.sections import PREFIX, section
 
 #: in the order of a step
 SECTIONS = ("data", "forward", "backward", "norms", "clip and accumulate", "noise", "optimizer step")
@@ -36,13 +36,18 @@ class Section:
     peak: int
 
 
-def profiled(contestant: Contestant, device: str, trace: Path | None = None) -> list[Section]:
+def profiled(
+    contestant: Contestant, device: str, trace: Path | None = None, fetch: Callable[[], object] = lambda: None
+) -> list[Section]:
     """The sections of a logical step of one physical one, in the order in which they begin.
 
     trace: a file for chrome://tracing, Perfetto or TensorBoard.
+    fetch: gets a batch, which is the section ``data``.
     """
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * device.startswith("cuda")
     with profile(activities=activities, profile_memory=True) as profiler:
+        with section("data"):
+            fetch()
         contestant.step()
         contestant.end()
     if trace is not None:
