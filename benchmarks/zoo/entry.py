@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from dptrain.bench.exactness import silence, wake
+
 LossFn = Callable[[nn.Module, Any], Tensor]
 #: nothing is left out that any of this many examples uses
 PROBES = 16
@@ -58,22 +60,6 @@ class Entry:
         if not self.refusable:
             freeze_unused(case)
         return case
-
-
-def silence(model: nn.Module) -> None:
-    """Dropout and drop-path off: single examples would draw other masks than a batch."""
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if isinstance(value, float) and (name == "p" or "drop" in name):
-                setattr(module, name, 0.0)
-
-
-@torch.no_grad()
-def wake(model: nn.Module) -> None:
-    """Move parameters that start constant: a zero-initialised head hides every gradient below it."""
-    for parameter in model.parameters():
-        if parameter.numel() and parameter.is_floating_point() and parameter.std(correction=0) < 1e-3:
-            parameter += 0.1 * torch.randn_like(parameter)
 
 
 def freeze_unused(case: Case) -> None:

@@ -4,11 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
+
+from dptrain.core.mechanism import Mechanism
 
 
 class Unsupported(RuntimeError):
     """This way of training does not exist, is not installed or says itself that it does not do this."""
+
+
+class Sized(Protocol):
+    """What a task has in either framework."""
+
+    @property
+    def clip_norm(self) -> float: ...
+
+    @property
+    def logical_batch_size(self) -> int: ...
+
+
+def accounted(task: Sized) -> Mechanism:
+    """Some mechanism of the task's clip norm and logical batch: what noise costs depends on nothing else."""
+    return Mechanism.constant(
+        noise_multiplier=1.0,
+        clip_norm=task.clip_norm,
+        sample_rate=0.1,
+        steps=10_000,
+        expected_batch_size=task.logical_batch_size,
+    )
 
 
 @dataclass

@@ -189,7 +189,7 @@ def silence(model: nn.Module) -> None:
 
 @torch.no_grad()
 def wake(model: nn.Module) -> None:
-    """Move parameters that start constant."""
+    """Move parameters that start constant: a zero-initialised head hides every gradient below it."""
     for p in model.parameters():
         if p.numel() and p.is_floating_point() and p.std(correction=0) < 1e-3:
             p += 0.1 * torch.randn_like(p)

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from dptrain.bench.contestant import Contestant
+from dptrain.bench.contestant import Contestant, accounted
 from dptrain.bench.jax_task import PRODUCTS, JaxTask
 
 LEARNING_RATE = 1e-4
@@ -42,15 +42,8 @@ def with_noise(task: JaxTask, name: str, gradients: Step) -> Contestant:
 
     import dptrain.jax as dpj
     from dptrain.core.entropy import Key
-    from dptrain.core.mechanism import Mechanism
 
-    mechanism = Mechanism.constant(
-        noise_multiplier=1.0,
-        clip_norm=task.clip_norm,
-        sample_rate=0.1,
-        steps=10_000,
-        expected_batch_size=task.logical_batch_size,
-    )
+    mechanism = accounted(task)
     key, taken, none = Key.from_entropy(), iter(range(10**9)), jnp.zeros(0)
 
     def noisy(total: Any) -> Any:

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import dptrain.torch as dpt
-from dptrain.bench.contestant import Contestant, Unsupported
+from dptrain.bench.contestant import Contestant, Unsupported, accounted
 from dptrain.bench.torch_task import Task
 from dptrain.core import methods
 from dptrain.core.entropy import Key
-from dptrain.core.mechanism import Mechanism
 from dptrain.torch.sections import section
 
 
@@ -82,13 +81,7 @@ def private(task: Task) -> Contestant:
     """dptrain by a method of its table."""
     case, model = task.case, task.model()
     optimizer = task.optimizer(model)
-    mechanism = Mechanism.constant(
-        noise_multiplier=1.0,
-        clip_norm=task.clip_norm,
-        sample_rate=0.1,
-        steps=10_000,
-        expected_batch_size=task.logical_batch_size,
-    )
+    mechanism = accounted(task)
     options: dict[str, Any] = {"compile": True} if case.compile else {}
     if case.budget_mib is not None:
         if methods.resolve(case.method).name != "auto":

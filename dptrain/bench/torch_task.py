@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,6 +15,7 @@ from torch.utils._pytree import tree_map
 from dptrain.bench.case import Case
 from dptrain.bench.contestant import Unsupported
 from dptrain.models import build, logits
+from dptrain.training.device import autocast
 
 LEARNING_RATE = 1e-4
 VOCABULARY = 8192
@@ -65,9 +65,7 @@ class Task:
 
     def loss_fn(self, model: nn.Module, batch: Any) -> Tensor:
         """Losses ``[B]`` float32 or better; the model runs under autocast where the precision says so."""
-        kind = torch.device(self.case.device).type
-        lowered = self.case.precision == "bf16"
-        with torch.autocast(kind, torch.bfloat16) if lowered else contextlib.nullcontext():
+        with autocast(self.case.precision, torch.device(self.case.device)):
             if self.case.model == "gpt2-like":
                 return _next_token(model, batch)
             return F.cross_entropy(_wide(logits(model, batch[0])), batch[1], reduction="none")
@@ -107,15 +105,3 @@ def gpt2_like(length: int, layers: int = 4, width: int = 768, heads: int = 12) -
     quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False}
     ends = {"bos_token_id": None, "eos_token_id": None}
     return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **sizes, **quiet, **ends))
-
-
-@contextlib.contextmanager
-def arithmetic(precision: str) -> Iterator[None]:
-    """TF32 on for ``tf32`` and off otherwise, and back."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = precision == "tf32"
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before

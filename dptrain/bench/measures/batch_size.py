@@ -16,7 +16,7 @@ from dptrain.bench.measures.one_way import alone
 from dptrain.bench.meters import limit, meter
 from dptrain.bench.outcome import Outcome
 from dptrain.bench.processes import Ended, run
-from dptrain.bench.torch_task import arithmetic
+from dptrain.training.device import matmul_precision
 
 #: relative: the search ends when the answer is known to this, or exactly
 RESOLUTION = 0.03
@@ -57,7 +57,7 @@ def fits(case: Case, room: int) -> dict[str, float]:
     """A logical step of two physical ones and one step more: peak bytes, and seconds of a physical step."""
     gauge = meter(case.device)
     limit(case.device, room)
-    with arithmetic(case.precision):
+    with matmul_precision(case.precision):
         contestant = alone(case)
         contestant.step()
         times = [race.seconds(contestant.step)]

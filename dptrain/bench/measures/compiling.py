@@ -8,14 +8,14 @@ from typing import Any
 from dptrain.bench import race
 from dptrain.bench.case import Case
 from dptrain.bench.measures.one_way import alone
-from dptrain.bench.torch_task import arithmetic
+from dptrain.training.device import matmul_precision
 
 LATER = 5
 
 
 def compiling(case: Case) -> dict[str, Any]:
     """Seconds of the first logical step of two physical ones, set-up included, and of later ones."""
-    with arithmetic(case.precision):
+    with matmul_precision(case.precision):
 
         def first() -> None:
             nonlocal contestant

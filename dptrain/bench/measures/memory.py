@@ -14,7 +14,8 @@ from dptrain.bench.measures.one_way import alone
 from dptrain.bench.meters import meter
 from dptrain.bench.processes import Ended, run
 from dptrain.bench.timeline import Section, profiled
-from dptrain.bench.torch_task import Task, arithmetic
+from dptrain.bench.torch_task import Task
+from dptrain.training.device import matmul_precision
 
 #: logical steps that are taken before the one whose peak counts
 WARM_UP = 2
@@ -36,7 +37,7 @@ def memory(case: Case) -> dict[str, Any]:
 def peak_of(case: Case) -> int:
     """Peak bytes of a logical step of two physical ones, the model included, after the first ones."""
     gauge = meter(case.device)
-    with arithmetic(case.precision):
+    with matmul_precision(case.precision):
         contestant = alone(case)
         for steps in range(WARM_UP + 1):
             if steps == WARM_UP:
@@ -49,7 +50,7 @@ def peak_of(case: Case) -> int:
 
 def anatomy(case: Case) -> dict[str, Any]:
     """Bytes of tensors by what they are for, and how many are alive after each part of a step."""
-    with arithmetic(case.precision):
+    with matmul_precision(case.precision):
         contestant = alone(case)
         race.warm_up(contestant)
         line = profiled(contestant, case.device)

@@ -15,9 +15,9 @@ from dptrain.bench.contestant import Contestant, Unsupported
 from dptrain.bench.engines import framework
 from dptrain.bench.measures.one_way import alone
 from dptrain.bench.timeline import medians, profiled, seconds_by_section
-from dptrain.bench.torch_task import arithmetic
 from dptrain.data import Preprocess
 from dptrain.data.resident import ResidentImages
+from dptrain.training.device import matmul_precision
 
 #: as many steps are profiled
 STEPS = 5
@@ -36,7 +36,7 @@ def profile(case: Case, folder: Path | None = None) -> dict[str, Any]:
     if framework(case) == "jax":
         raise Unsupported("a step in JAX is one compiled piece: its sections cannot be told apart.")
     ordinary = replace(case, engine="torch", method="non-private", budget_mib=None)
-    with arithmetic(case.precision):
+    with matmul_precision(case.precision):
         samples = {}
         for name, one in (("", case), ("baseline_", ordinary)):
             contestant = alone(one)

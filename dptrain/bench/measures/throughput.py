@@ -10,12 +10,12 @@ from dptrain.bench.contestant import Contestant
 from dptrain.bench.engines import enter
 from dptrain.bench.outcome import failure
 from dptrain.bench.recompilations import recompilations
-from dptrain.bench.torch_task import arithmetic
+from dptrain.training.device import matmul_precision
 
 
 def throughput(case: Case) -> dict[str, Any]:
     """Check, warm up, race; see docs/records.md for the fields."""
-    with arithmetic(case.precision):
+    with matmul_precision(case.precision):
         field = enter(case)
         own: Contestant | None = None
         verdict: dict[str, Any] = {"exactness": {"verdict": "non-private"}, "trains": None}
