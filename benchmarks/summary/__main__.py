@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from benchmarks.summary import figure, tables
+from dptrain import report
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -73,6 +74,18 @@ def probe_rows(found: dict[str, dict]) -> list[str]:
     ]
 
 
+def finding_rows(folder: Path) -> list[str]:
+    """What a reproduction says of each claim."""
+    if not (folder / "studies").is_dir():
+        return []
+    rows = ["| study | claim | verdict | evidence |", "| --- | --- | --- | --- |"]
+    for study in report.read(folder).studies:
+        for finding in report.show(study).findings:
+            cells = (f"`{study.name}`", finding.claim, f"**{finding.verdict}**", finding.evidence)
+            rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return rows
+
+
 def filled(text: str, name: str, rows: list[str]) -> str:
     """A page with the block ``<!-- name --> ... <!-- end -->`` replaced; as it was if there are no rows."""
     if not rows:
@@ -89,6 +102,7 @@ def main() -> None:
         "measured": measured,
         "speed": tables.speed(found),
         "speed on a GPU": tables.speed(found, "cuda"),
+        "findings": finding_rows(ROOT / "results" / "reproduced-small"),
         "benched": tables.benched(found),
         "speed in jax": tables.speed_in_jax(found),
         "engines": tables.engines(found),
@@ -99,7 +113,10 @@ def main() -> None:
         "roofline": tables.roofline(found),
         "remaining": tables.remaining(found),
     }
-    for page in (ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in ("performance", "jax"))):
+    for page in (
+        ROOT / "README.md",
+        *(ROOT / "docs" / f"{page}.md" for page in ("performance", "jax", "reproduce")),
+    ):
         text = page.read_text()
         for name, rows in blocks.items():
             text = filled(text, name, rows)

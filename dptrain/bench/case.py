@@ -33,7 +33,7 @@ class Case:
         engine: ``torch`` or ``jax`` (ours), or a peer of ``dptrain.bench.engines``.
         method: a clipping method by any of its names, ``O-flat`` as well as ``per-example``.
         model: as ``dptrain train --model`` takes it, or ``gpt2-like``.
-        image_size: pixels along a side (tokens for gpt2-like).
+        image_size: pixels along a side (tokens for gpt2-like); of ``accuracy`` it is a setting.
         num_classes: of the head.
         batch_size: physical; where ``batch-size`` begins to look.
         accumulate: physical batches in a logical one.
@@ -67,6 +67,13 @@ class Case:
     seconds: float = 10.0
     seeds: int = 1
     settings: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        # Equal cases are written alike: 2 and 2.0 are one number, and settings have no order.
+        for name in ("seconds", "memory_gib", "budget_mib"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else float(value))
+        object.__setattr__(self, "settings", tuple(sorted((k, v) for k, v in self.settings)))
 
     @property
     def id(self) -> str:

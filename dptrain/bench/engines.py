@@ -31,30 +31,15 @@ class Field:
 
     Attributes:
         case: the private way; None where the case itself is not private.
-        baselines: ways of ordinary training, by name.
+        plain: the usual way of ordinary training, with the case's options.
+        baselines: all ways of ordinary training, by name.
         judge: whether the case's contestant is exact, and which parameters it trains.
     """
 
     case: Maker | None
+    plain: Maker
     baselines: dict[str, Maker]
     judge: Callable[[Contestant], tuple[dict[str, Any], dict[str, Any]]]
-
-
-def check(case: Case) -> None:
-    """Refuse what no engine could make sense of.
-
-    Raises:
-        ValueError: an unknown engine, or a method that the engine does not have.
-    """
-    if case.engine not in NAMES:
-        raise ValueError(f"there is no engine {case.engine!r}; choose from {', '.join(NAMES)}.")
-    if case.engine in OURS:
-        methods.resolve(case.method)
-    elif case.method not in PEERS[case.engine].methods and not is_ordinary(case):
-        listed = ", ".join(PEERS[case.engine].methods)
-        raise ValueError(f"{case.engine} has no method {case.method!r}; choose from {listed}.")
-    if case.precision not in ("fp32", "tf32", "bf16", "fp16"):
-        raise ValueError(f"there is no precision {case.precision!r}; choose from fp32, tf32, bf16, fp16.")
 
 
 def is_ordinary(case: Case) -> bool:
@@ -70,29 +55,32 @@ def framework(case: Case) -> str:
     return case.engine if case.engine in OURS else PEERS[case.engine].framework
 
 
-def enter(case: Case) -> Field:
+def enter(case: Case, clip_norm: float | None = None) -> Field:
     """Those that take part.
+
+    clip_norm: by default the median norm of the batch's examples, so that half of them are clipped.
 
     Raises:
         Unsupported: the engine, the device or the precision is not there.
     """
-    check(case)
     check_device(case)
     if case.devices > 1:
         raise Unsupported("several devices are not supported yet.")
-    return _in_jax(case) if framework(case) == "jax" else _in_torch(case)
+    if is_ordinary(case):
+        clip_norm = 1.0
+    return _in_jax(case, clip_norm) if framework(case) == "jax" else _in_torch(case, clip_norm)
 
 
-def _in_torch(case: Case) -> Field:
+def _in_torch(case: Case, clip_norm: float | None) -> Field:
     n = min(case.batch_size, TIMED_EXAMPLES)
-    # Half of the examples are clipped, at the weights that every contestant starts from.
-    task = Task(case, 1.0 if is_ordinary(case) else exactness.median_norm(Task(case), n))
+    task = Task(case, clip_norm or exactness.median_norm(Task(case), n))
 
     def judge(contestant: Contestant) -> tuple[dict[str, Any], dict[str, Any]]:
         timed = exactness.judge(contestant, task, n)
         return _verdict(timed, _in_float64(task), case.precision), exactness.trains(contestant, task)
 
-    return Field(_own(case, task, torch_engine.private), torch_engine.baselines(task), judge)
+    own, plain = _own(case, task, torch_engine.private), lambda: torch_engine.plain(task)
+    return Field(own, plain, torch_engine.baselines(task), judge)
 
 
 def _in_float64(task: Task) -> dict[str, Any]:
@@ -117,15 +105,23 @@ def _verdict(timed: dict[str, Any], wide: dict[str, Any], precision: str) -> dic
     }
 
 
-def _in_jax(case: Case) -> Field:
+def _in_jax(case: Case, clip_norm: float | None) -> Field:
+    if case.compile:
+        raise Unsupported("every step in JAX is compiled: leave compile out.")
     task = JaxTask(case)
-    if not is_ordinary(case):
-        task = task.clipped_at(jax_engine.median_norm(task))
+    task = task.clipped_at(clip_norm or jax_engine.median_norm(task))
 
     def judge(contestant: Contestant) -> tuple[dict[str, Any], dict[str, Any]]:
-        return jax_engine.judge(contestant, task), jax_engine.trains(task)
+        verdict = timed = jax_engine.judge(contestant, task)
+        if case.precision != "fp32":  # in narrower types rounding can be anything
+            wide = JaxTask(dataclasses.replace(case, precision="fp32"), task.clip_norm)
+            own = _own(case, wide, jax_engine.private)
+            assert own is not None
+            verdict = jax_engine.judge(own(), wide)
+        return verdict | {"error_as_timed": timed["error_of_sum"]}, jax_engine.trains(task)
 
-    return Field(_own(case, task, jax_engine.private), jax_engine.baselines(task), judge)
+    baselines = jax_engine.baselines(task)
+    return Field(_own(case, task, jax_engine.private), next(iter(baselines.values())), baselines, judge)
 
 
 def _own(case: Case, task: Any, ours: Callable[[Any], Contestant]) -> Maker | None:
@@ -145,7 +141,11 @@ def check_device(case: Case) -> None:
             raise Unsupported(f"there is no device {case.device} here.")
     if case.precision in ("tf32", "fp16") and not on_gpu:
         raise Unsupported(f"{case.precision} is for a GPU.")
-    if case.precision == "tf32" and framework(case) == "torch" and torch.cuda.get_device_capability()[0] < 8:
+    if (
+        case.precision == "tf32"
+        and framework(case) == "torch"
+        and torch.cuda.get_device_capability(case.device)[0] < 8
+    ):
         raise Unsupported("this GPU has no TF32.")
     if case.precision == "fp16":
         raise Unsupported("fp16 is not supported: bf16 needs no scaling of losses.")

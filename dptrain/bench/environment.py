@@ -70,7 +70,7 @@ def machine(device: str) -> dict[str, Any]:
         found["processor"] = next((x.split(":")[1].strip() for x in lines if "model name" in x), None)
     found["instructions"] = torch.backends.cpu.get_cpu_capability()
     if device.startswith("cuda") and torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
+        found["gpu"] = torch.cuda.get_device_name(torch.device(device))
         found["cuda"] = torch.version.cuda
     return found
 

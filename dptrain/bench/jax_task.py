@@ -10,7 +10,7 @@ from typing import Any
 
 from dptrain.bench.case import Case
 from dptrain.bench.contestant import Unsupported
-from dptrain.models import build
+from dptrain.models import ModelError, build
 
 #: JAX's names for what may be done to float32 products
 PRODUCTS = {"fp32": "highest", "tf32": "tensorfloat32", "bf16": "default"}
@@ -54,7 +54,10 @@ class JaxTask:
         torch.manual_seed(0)
         shape = (3, case.image_size, case.image_size)
         model = build(case.model, case.num_classes, shape)
-        forward = translated(model, case.model, case.num_classes, shape)
+        try:
+            forward = translated(model, case.model, case.num_classes, shape)
+        except ModelError as error:
+            raise Unsupported(str(error)) from error
         params = {
             name: jax.device_put(p.detach().numpy(), self.device) for name, p in model.named_parameters()
         }

@@ -84,7 +84,9 @@ def limit(device: str, limit_bytes: int) -> None:
     """
     if device.startswith("cuda"):
         whole = total_memory(torch.device(device))
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / whole), torch.device(device))
+        if limit_bytes > whole:
+            raise Unsupported(f"{device} has {whole / 2**30:.1f} GiB: less than the limit is.")
+        torch.cuda.set_per_process_memory_fraction(limit_bytes / whole, torch.device(device))
         return
     import resource  # not on Windows
 

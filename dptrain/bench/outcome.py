@@ -9,7 +9,6 @@ from typing import Any
 from dptrain.bench.contestant import Unsupported
 from dptrain.bench.environment import without_places
 from dptrain.bench.record import Status
-from dptrain.models import ModelError
 from dptrain.torch import Refused
 from dptrain.torch.device_memory import ran_out_of_memory
 from dptrain.training.config import ConfigError
@@ -35,7 +34,7 @@ class Outcome:
 def failure(error: BaseException) -> Outcome:
     """What an exception means."""
     sentence = str(error).strip().split("\n")[0][:LONGEST_SENTENCE] or type(error).__name__
-    if isinstance(error, (Unsupported, Refused, ModelError, ConfigError)) or _refused_by_jax(error):
+    if isinstance(error, (Unsupported, Refused, ConfigError)) or _refused_by_jax(error):
         return Outcome("unsupported", sentence=sentence)
     if ran_out_of_memory(error) or _jax_ran_out_of_memory(error):
         return Outcome("out-of-memory", sentence=sentence)

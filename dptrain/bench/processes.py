@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -38,7 +39,8 @@ def run(function: Callable[..., Any], *arguments: Any, timeout_s: float = 3600.0
     with tempfile.NamedTemporaryFile(prefix="dptrain-", suffix=".log") as log:
         ours, theirs = context.Pipe(duplex=False)
         killed_before = _killed_for_memory()
-        process = context.Process(target=_child, args=(theirs, log.name, function, arguments), daemon=False)
+        leads = not _is_a_case()
+        process = context.Process(target=_child, args=(theirs, log.name, leads, function, arguments))
         process.start()
         theirs.close()
         try:
@@ -47,41 +49,65 @@ def run(function: Callable[..., Any], *arguments: Any, timeout_s: float = 3600.0
             process.join()
             return _died(process.exitcode, Path(log.name), _killed_for_memory() > killed_before)
         except BaseException:  # Ctrl-C: the child does not hear of it
-            process.kill()
-            process.join()
+            _end(process)
             raise
         finally:
             ours.close()
         if outcome is None:
-            process.kill()
+            _end(process)
         process.join()
     return outcome or Outcome("error", sentence=f"it took more than {timeout_s:g} s and was ended.")
+
+
+def attempt(function: Callable[..., Any], *arguments: Any) -> Outcome:
+    """What came of a call in this process."""
+    try:
+        return Outcome("ok", function(*arguments))
+    except Ended as error:
+        return error.outcome
+    except Exception as error:
+        return failure(error)
+
+
+def _is_a_case() -> bool:
+    """Whether this process was itself started by `run`."""
+    return multiprocessing.parent_process() is not None
+
+
+def _end(process: Any) -> None:
+    """Kill a process and those that it has started: they are a group of their own."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.join()
 
 
 def _context() -> Any:
     """Forked from a server where the system can; a new interpreter each time where it cannot."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
-    if multiprocessing.parent_process() is not None:  # a case that tries things: it has only imported, too
+    if _is_a_case():  # that tries things: it has only imported, too
         return multiprocessing.get_context("fork")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", PRELOADED])
     return context
 
 
-def _child(connection: Connection, log: str, function: Callable[..., Any], arguments: tuple) -> None:
+def _child(
+    connection: Connection, log: str, leads: bool, function: Callable[..., Any], arguments: tuple
+) -> None:
+    """Call the function and send what came of it.
+
+    leads: whether this process begins a group, of those that it starts; they join it.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    if leads:
+        os.setpgid(0, 0)
     with open(log, "w") as file:
         sys.stdout.flush()
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    try:
-        outcome = Outcome("ok", function(*arguments))
-    except Ended as error:
-        outcome = error.outcome
-    except Exception as error:
-        outcome = failure(error)
-    connection.send(outcome)
+    connection.send(attempt(function, *arguments))
     connection.close()
     # Libraries that wait for threads of theirs at the end have been seen to wait for ever.
     os._exit(0)
@@ -90,16 +116,16 @@ def _child(connection: Connection, log: str, function: Callable[..., Any], argum
 def _died(code: int | None, log: Path, for_memory: bool) -> Outcome:
     """A process that ended without a word; what it wrote tells why."""
     said = log.read_text(errors="replace")[-TAIL:]
-    if for_memory or "std::bad_alloc" in said or "RESOURCE_EXHAUSTED" in said:
+    if (for_memory and code == -signal.SIGKILL) or "std::bad_alloc" in said:
         return Outcome("out-of-memory", sentence="the process was ended for lack of memory.")
     how = f"by {signal.Signals(-code).name}" if code is not None and code < 0 else f"with exit code {code}"
     return Outcome("error", sentence=f"the process ended {how} without an answer.", traceback=said)
 
 
 def _killed_for_memory() -> int:
-    """How many processes of our control group the kernel has killed for lack of memory so far."""
-    try:
-        lines = Path("/sys/fs/cgroup/memory.events").read_text().splitlines()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+    """How many processes the kernel has killed for lack of memory so far, of our control group or of all."""
+    for path in ("/sys/fs/cgroup/memory.events", "/proc/vmstat"):
+        with contextlib.suppress(OSError):
+            lines = Path(path).read_text().splitlines()
+            return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+    return 0

@@ -99,15 +99,17 @@ def _rounds(c: Contestant, accumulate: int) -> list[float]:
 
 
 def _uncertainty(contestants: Sequence[Contestant], accumulate: int) -> float:
-    """Half the notch of a box plot of the paired ratios, the widest there is.
+    """Half the notch of a box plot of the paired ratios, or of the times where there is only a baseline.
 
     1.57 (q3 - q1) / sqrt(n): McGill, Tukey and Larsen 1978, "Variations of box plots", for about 95 %.
     """
     base = best(contestants, accumulate)
-    widths = [0.0]
-    for c in contestants:
-        if c.role == "case":
-            ratios = paired_ratios(base, c, accumulate)
-            low, high = quartiles(ratios)
-            widths.append(1.57 * (high - low) / len(ratios) ** 0.5)
-    return max(widths)
+    cases = [paired_ratios(base, c, accumulate) for c in contestants if c.role == "case"]
+    whole = _rounds(base, accumulate)
+    middle = statistics.median(whole)
+    return max(_notch(values) for values in cases or [[each / middle for each in whole]])
+
+
+def _notch(values: Sequence[float]) -> float:
+    low, high = quartiles(values)
+    return 1.57 * (high - low) / len(values) ** 0.5

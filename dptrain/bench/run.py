@@ -11,8 +11,9 @@ from typing import Any
 
 from dptrain.bench import processes
 from dptrain.bench.case import Case
-from dptrain.bench.engines import check, framework
-from dptrain.bench.environment import PACKAGES, Quiet, environment
+from dptrain.bench.checking import check
+from dptrain.bench.environment import Quiet, environment
+from dptrain.bench.outcome import Outcome
 from dptrain.bench.peers import PEERS
 from dptrain.bench.record import FINAL, Record, Records
 
@@ -21,9 +22,9 @@ TIMEOUT_S = 3 * 3600.0
 
 @dataclass(frozen=True)
 class Measured:
-    """What a process found out about a case."""
+    """What a process has to tell of a case, however it ended."""
 
-    results: dict[str, Any]
+    outcome: Outcome
     environment: dict[str, Any]
     quiet: dict[str, Any]
     warnings: tuple[str, ...]
@@ -48,6 +49,7 @@ def run(
     cases = list(dict.fromkeys(cases))
     for case in cases:
         check(case)
+    folder = folder.resolve()
     records, out = Records(folder), []
     for case in cases:
         record = records.get(case)
@@ -63,20 +65,22 @@ def run(
 def measure(case: Case, folder: Path, timeout_s: float = TIMEOUT_S) -> Record:
     """One case in a process of its own."""
     started = time.perf_counter()
-    outcome = processes.run(_measured, case, folder, timeout_s=timeout_s)
+    answer = processes.run(_measured, case, folder, timeout_s=timeout_s)
     seconds = time.perf_counter() - started
-    if outcome.status != "ok":
-        told = {"sentence": outcome.sentence, "traceback": outcome.traceback, "seconds": seconds}
-        return Record(case, outcome.status, **told, environment=_environment(case))
-    found: Measured = outcome.value
+    told = answer.value
+    if told is None:  # the process died, or took too long
+        told = Measured(answer, environment("cpu"), {}, ())
+    found = told.outcome
     return Record(
         case,
-        "ok",
-        seconds=seconds,
-        environment=found.environment,
-        quiet=found.quiet,
-        results=found.results,
-        warnings=found.warnings,
+        found.status,
+        found.sentence,
+        found.traceback,
+        seconds,
+        told.environment,
+        told.quiet,
+        found.value or {},
+        told.warnings,
     )
 
 
@@ -85,13 +89,13 @@ def _measured(case: Case, folder: Path) -> Measured:
 
     with Quiet() as quiet, warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        results = results_of(case, folder / "traces")
+        outcome = processes.attempt(results_of, case, folder / "traces")
     sentences = tuple(sorted({str(w.message).split("\n")[0][:300] for w in warned}))
-    return Measured(results, _environment(case), quiet.record(), sentences)
+    return Measured(outcome, _environment(case), quiet.record(), sentences)
 
 
 def _environment(case: Case) -> dict[str, Any]:
-    peer = PEERS.get(case.engine)
-    extra = () if peer is None else peer.packages
-    device = case.device if framework(case) == "torch" else "cpu"
-    return environment(device, (*PACKAGES, *extra))
+    found = environment(case.device)
+    if case.engine in PEERS:
+        found["versions"] |= PEERS[case.engine].versions()
+    return found

@@ -37,15 +37,20 @@ class Section:
 
 
 def profiled(
-    contestant: Contestant, device: str, trace: Path | None = None, fetch: Callable[[], object] = lambda: None
+    contestant: Contestant,
+    device: str,
+    trace: Path | None = None,
+    fetch: Callable[[], object] = lambda: None,
+    memory: bool = False,
 ) -> list[Section]:
     """The sections of a logical step of one physical one, in the order in which they begin.
 
     trace: a file for chrome://tracing, Perfetto or TensorBoard.
     fetch: gets a batch, which is the section ``data``.
+    memory: whether to see memory as well, which takes its time.
     """
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * device.startswith("cuda")
-    with profile(activities=activities, profile_memory=True) as profiler:
+    with profile(activities=activities, profile_memory=memory) as profiler:
         with section("data"):
             fetch()
         contestant.step()

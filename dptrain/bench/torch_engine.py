@@ -28,6 +28,11 @@ def baselines(task: Task) -> dict[str, Callable[[], Contestant]]:
     return {f"non-private {name}": lambda name=name: non_private(task, name) for name in names}
 
 
+def plain(task: Task) -> Contestant:
+    """Ordinary training as most people do it, with the case's options."""
+    return non_private(task, "kept, compiled" if task.case.compile else "kept")
+
+
 def is_convolutional(task: Task) -> bool:
     """Whether there is more than the one convolution that cuts an image into patches."""
     return sum(isinstance(module, nn.Conv2d) for module in task.model().modules()) > 1

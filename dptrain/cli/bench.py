@@ -131,9 +131,10 @@ def _setting(text: str) -> tuple[str, object]:
     if not equals:
         raise ValueError(f"--set takes name=value, and {text!r} is none.")
     try:
-        return name.replace("-", "_"), json.loads(value)
+        known = json.loads(value)
     except ValueError:
-        return name.replace("-", "_"), value
+        known = value
+    return name.replace("-", "_"), value if isinstance(known, list | dict) else known
 
 
 def _list() -> int:

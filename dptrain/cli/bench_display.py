@@ -38,13 +38,17 @@ def watched(console: Console, cases: Sequence[Case], folder: Path) -> list[Recor
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("measuring", total=len(dict.fromkeys(cases)))
 
+        measured: set[Case] = set()
+
         def begins(case: Case) -> None:
+            measured.add(case)
             progress.update(task, description=escape(case.id[:-9]))
 
         def ended(record: Record) -> None:
             finished.append(record)
             progress.advance(task)
-            progress.console.print(line(record), highlight=False)
+            read = "" if record.case in measured else "[dim]from its record:[/] "
+            progress.console.print(read + line(record), highlight=False)
 
         try:
             return run(cases, folder, begins, ended)
@@ -112,11 +116,13 @@ def _columns(record: Record) -> dict[str, str]:
         case "batch-size":
             return {"largest batch": str(r["largest"]), "tries": str(len(r["tries"]))}
         case "memory":
-            mib = f"{r['peak_bytes'] / 2**20:.0f}"
-            return {"peak MiB": mib, "of non-private": f"{r['ratio_to_non_private']:.2f}"}
+            parts = {"peak": r["peak_bytes"], **r.get("anatomy_bytes", {}), **r.get("snapshots_bytes", {})}
+            told = {f"{name} MiB": f"{size / 2**20:.0f}" for name, size in parts.items()}
+            return {"of non-private": f"{r['ratio_to_non_private']:.2f}", **told}
         case "profile":
             return {f"{name} ms": f"{1e3 * s:.1f}" for name, s in r["sections_s"].items()}
         case "compile":
             return {"first step s": f"{r['first_step_s']:.1f}", "later s": f"{r['later_step_s']:.3f}"}
         case "accuracy":
-            return {"accuracy": f"{r['mean']:.4f}", "runs": str(len(r["accuracies"]))}
+            interval = "{:.4f} to {:.4f}".format(*r["interval95"]) if r["interval95"] else "–"
+            return {"accuracy": f"{r['mean']:.4f}", "95 %": interval, "runs": str(len(r["accuracies"]))}

@@ -60,8 +60,10 @@ def _reproduce(
         f"{len(cases)} cases in {out}, about {_duration(estimate_s(cases, scale))} if none is measured yet.",
         highlight=False,
     )
-    records = watched(console, cases, out)
     for one in chosen:
+        _write_manifest(one, scale, out)
+    records = watched(console, cases, out)
+    for one in chosen:  # what some say beside their cases follows from records
         _write_manifest(one, scale, out)
     with Console(stderr=True).status("Drawing ..."):
         report.build(out)

@@ -58,6 +58,11 @@ RELATIONS = {
     REPLACE_SPECIAL: NeighboringRelation.REPLACE_SPECIAL,
 }
 
+LITTLE_NOISE = 0.3
+LARGEST_BY_PLD = 500.0
+"""Above such an ε, which means nothing, a privacy loss distribution takes gigabytes and, for less noise
+still, more than there is; the Rényi bound is good enough."""
+
 # Runs of equal steps: (specification, how many times).
 Segments = tuple[tuple[StepSpec, int], ...]
 
@@ -148,8 +153,8 @@ def epsilon(
         segments: runs of equal steps.
         delta: δ, strictly between 0 and 1.
         neighbours: a key of `RELATIONS`.
-        accountant: ``pld`` (privacy loss distributions, discretised pessimistically) or
-            ``rdp`` (Rényi; looser, much faster).
+        accountant: ``pld`` (privacy loss distributions, discretised pessimistically; above
+            `LARGEST_BY_PLD` as ``rdp``) or ``rdp`` (Rényi; looser, much faster).
 
     Raises:
         ValueError: a quantity out of range or a combination that is not supported.
@@ -163,6 +168,11 @@ def epsilon(
         return math.inf
     if accountant == RDP:
         return _rdp_epsilon(segments, delta, neighbours)
+    little = min(spec.noise_multiplier for spec, _ in segments) < LITTLE_NOISE
+    if little and all(RDP in supported(spec.sampling.sampler, neighbours) for spec, _ in segments):
+        bound = _rdp_epsilon(segments, delta, neighbours)
+        if bound > LARGEST_BY_PLD:
+            return bound
     engine = PLDAccountant(RELATIONS[neighbours])
     return float(engine.compose(event(segments, neighbours)).get_epsilon(delta))
 

@@ -79,7 +79,7 @@ _ALL = (
         "Figure 8: many GPUs",
         "Throughput by number of devices: private training loses less than non-private.",
         paper.fig8,
-        "The scale paper needs up to 80 GPUs; what there are is measured.",
+        "The scale paper needs up to 80 GPUs; several wait for distributed training.",
     ),
     _study(
         "fig-a1",
@@ -92,21 +92,21 @@ _ALL = (
         "Figure A.2: TF32 on several GPUs",
         "Whether the gains of TF32 and of more devices add up.",
         paper.fig_a2,
-        "The scale paper needs up to 24 GPUs that have TF32; what there are is measured.",
+        "The scale paper needs up to 24 GPUs that have TF32; several wait for distributed training.",
     ),
     _study(
         "fig-a3",
         "Figure A.3: many A100s",
         "Throughput by number of devices up to 24.",
         paper.fig_a3,
-        "The scale paper needs up to 24 GPUs; what there are is measured.",
+        "The scale paper needs up to 24 GPUs; several wait for distributed training.",
     ),
     _study(
         "fig-a4",
         "Figure A.4: Amdahl's law",
         "The parallel fraction of private and of non-private training.",
         paper.fig_a4,
-        "The scale paper needs up to 80 GPUs; what there are is measured.",
+        "The scale paper needs up to 80 GPUs; several wait for distributed training.",
     ),
     _study(
         "table1",

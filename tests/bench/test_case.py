@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dptrain.bench import Case, Record, Records, grid
-from dptrain.bench.engines import check
+from dptrain.bench.checking import check
 
 
 def test_ids_are_stable_and_tell_cases_apart():
@@ -13,6 +13,12 @@ def test_ids_are_stable_and_tell_cases_apart():
     assert Case().id == "throughput-torch-auto-vit-tiny-224px-b16-fp32-cpu-44136fa3"
     cases = grid(Case(), batch_size=[1, 2], seconds=[1.0, 2.0], compile=[False, True])
     assert len({case.id for case in cases}) == 8
+
+
+def test_equal_cases_have_equal_ids():
+    first = Case(seconds=2, settings=(("b", 1), ("a", 2)))
+    second = Case(seconds=2.0, settings=(("a", 2), ("b", 1)))
+    assert first == second and first.id == second.id
 
 
 def test_a_grid_has_every_combination_once():
@@ -49,6 +55,14 @@ def test_a_record_survives_its_file(tmp_path):
         ),
         ({"method": "none"}, "clipping method 'none' is unknown"),
         ({"precision": "int8"}, "there is no precision 'int8'"),
+        ({"device": "gpu"}, "there is no device 'gpu'; choose from cpu, cuda"),
+        ({"model": "nosuch"}, "there is no model 'nosuch'"),
+        ({"batch_size": 0}, "batch_size is 0: give a positive number"),
+        ({"measure": "batch-size"}, "state memory_gib"),
+        ({"settings": (("lr", 1.0),)}, "for the measure accuracy"),
+        ({"measure": "accuracy", "settings": (("seed", 5),)}, "seed is a setting of the case itself"),
+        ({"measure": "accuracy", "settings": (("sede", 5),)}, "no setting 'sede'"),
+        ({"measure": "accuracy", "settings": (("lr", -1.0),)}, "--lr is -1.0"),
     ],
 )
 def test_what_makes_no_sense_is_refused(changes, message):

@@ -63,6 +63,12 @@ def test_memory_and_its_anatomy(tmp_path):
     assert list(found["snapshots_bytes"]) == ["after gradient", "after clip", "after noise", "after step"]
 
 
+@pytest.mark.parametrize("method", ["per-example-vmap", "per-example-loop", "ghost"])
+def test_peaks_of_methods_of_every_capture(tmp_path, method):
+    found = measured(tmp_path, measure="memory", method=method)
+    assert found["peak_bytes"] > 0 and ("anatomy_bytes" in found) == (method == "ghost")
+
+
 def test_profile_and_traces(tmp_path):
     found = measured(tmp_path, measure="profile")
     ordinary = {"data", "forward", "backward", "optimizer step"}

@@ -83,6 +83,26 @@ def test_what_takes_too_long_is_ended():
     assert time.perf_counter() - began < 30
 
 
+def starts_another(path):
+    processes.run(writes_its_number, path)
+
+
+def writes_its_number(path):
+    path.write_text(str(os.getpid()))
+    time.sleep(60)
+
+
+def test_what_a_process_has_started_ends_with_it(tmp_path):
+    path = tmp_path / "number"
+    assert processes.run(starts_another, path, timeout_s=5).status == "error"
+    number = int(path.read_text())
+    for _ in range(50):
+        if not os.path.exists(f"/proc/{number}"):
+            return
+        time.sleep(0.1)
+    raise AssertionError("it goes on")
+
+
 def test_an_error_that_mentions_memory_is_an_error():
     assert failure(RuntimeError("shape mismatch in memory format")).status == "error"
     assert failure(MemoryError()).status == "out-of-memory"

@@ -7,6 +7,7 @@ import pytest
 from dp_accounting.pld import PLDAccountant
 
 from dptrain.core import accounting
+from dptrain.core.mechanism import Mechanism
 from dptrain.core.spec import flat_step
 
 REFERENCE = [
@@ -178,3 +179,14 @@ def test_delta_must_be_a_probability(delta):
 def test_no_warnings_of_excluded_orders(capfd, caplog):
     accounting.epsilon(((step(8.0, 0.51), 3),), 1e-5, accountant="rdp")
     assert "Excluding" not in capfd.readouterr().err + caplog.text
+
+
+def test_next_to_no_noise_is_accounted_in_no_memory_to_speak_of():
+    """Its loss distribution would take petabytes."""
+    found = [
+        Mechanism.constant(
+            noise_multiplier=sigma, clip_norm=1.0, sample_rate=0.1, steps=10, expected_batch_size=10
+        ).epsilon(1e-5)
+        for sigma in (1e-6, 1e-3, 0.02, 0.05, 0.2)
+    ]
+    assert found == sorted(found, reverse=True) and found[0] < float("inf") and found[-1] < 1000

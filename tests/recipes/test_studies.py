@@ -4,7 +4,8 @@ from collections import Counter
 
 import pytest
 
-from dptrain.bench import MEASURES, Case, Records, engines
+from dptrain.bench import MEASURES, Case, Records
+from dptrain.bench.checking import check
 from dptrain.core.methods import resolve
 from dptrain.models import build
 from dptrain.models.names import PAPER_MODELS
@@ -52,7 +53,7 @@ def test_every_case_can_be_read_back_and_makes_sense_to_an_engine(scale):
     for case in (*all_cases(scale), *seed_cases()):
         assert Case.from_dict(case.to_dict()) == case
         assert case.measure in MEASURES
-        engines.check(case)
+        check(case)
         assert case.model in PAPER_MODELS or case.model in SMALL or case.model == "gpt2-like"
         assert (case.memory_gib is not None) == (case.measure == "batch-size")
 

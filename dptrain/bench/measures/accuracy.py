@@ -12,7 +12,9 @@ from scipy import stats
 from dptrain.bench.case import Case
 from dptrain.bench.contestant import Unsupported
 from dptrain.bench.engines import OURS, check_device
+from dptrain.models import ModelError
 from dptrain.training import TrainConfig, train
+from dptrain.training.train import Outcome
 
 
 def accuracy(case: Case) -> dict[str, Any]:
@@ -25,10 +27,12 @@ def accuracy(case: Case) -> dict[str, Any]:
     if case.engine not in OURS:
         raise Unsupported(f"whole runs are trained by {' and '.join(OURS)} alone.")
     check_device(case)
+    if case.devices > 1:
+        raise Unsupported("several devices are not supported yet.")
     accuracies, epsilons, seconds = [], [], []
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(case.seeds):
-            outcome = train(config(case, seed, Path(folder) / str(seed)))
+            outcome = _trained(case, config(case, seed, Path(folder) / str(seed)))
             accuracies.append(outcome.score.accuracy)
             epsilons.append(outcome.epsilon if outcome.run.is_private else None)
             seconds.append(outcome.training_s)
@@ -41,10 +45,24 @@ def accuracy(case: Case) -> dict[str, Any]:
     }
 
 
+def _trained(case: Case, config: TrainConfig) -> Outcome:
+    try:
+        return train(config)
+    except ModelError as error:
+        if case.engine == "jax":  # which has fewer models
+            raise Unsupported(str(error)) from error
+        raise
+
+
 def config(case: Case, seed: int, out: Path) -> TrainConfig:
     """The run of one seed."""
-    own = {
-        "engine": case.engine,
+    return TrainConfig.from_dict(own_settings(case, seed, out) | dict(case.settings))
+
+
+def own_settings(case: Case, seed: int, out: Path) -> dict[str, Any]:
+    """What the fields of a case say of a run."""
+    return {
+        "engine": case.engine if case.engine in OURS else "torch",
         "method": case.method,
         "model": case.model,
         "physical_batch_size": case.batch_size,
@@ -55,7 +73,6 @@ def config(case: Case, seed: int, out: Path) -> TrainConfig:
         "seed": seed,
         "out": str(out),
     }
-    return TrainConfig.from_dict(own | dict(case.settings))
 
 
 def interval95(values: list[float]) -> list[float] | None:

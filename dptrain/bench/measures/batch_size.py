@@ -12,6 +12,8 @@ from typing import Any
 
 from dptrain.bench import race
 from dptrain.bench.case import Case
+from dptrain.bench.contestant import Unsupported
+from dptrain.bench.engines import framework
 from dptrain.bench.measures.one_way import alone
 from dptrain.bench.meters import limit, meter
 from dptrain.bench.outcome import Outcome
@@ -29,11 +31,12 @@ def batch_size(case: Case) -> dict[str, Any]:
     """The largest batch that was seen to fit, and all tries.
 
     Raises:
-        ValueError: the case states no memory.
+        Unsupported: JAX on a GPU.
         Ended: a try failed for another reason than memory.
     """
-    if case.memory_gib is None:
-        raise ValueError("the largest batch is searched under a given memory: state memory_gib.")
+    assert case.memory_gib is not None
+    if framework(case) == "jax" and case.device.startswith("cuda"):
+        raise Unsupported("memory of JAX is measured on a CPU.")
     room = round(case.memory_gib * 2**30)
 
     def attempt(size: int) -> Outcome:

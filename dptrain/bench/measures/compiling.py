@@ -7,19 +7,19 @@ from typing import Any
 
 from dptrain.bench import race
 from dptrain.bench.case import Case
-from dptrain.bench.measures.one_way import alone
+from dptrain.bench.measures.one_way import made
 from dptrain.training.device import matmul_precision
 
 LATER = 5
 
 
 def compiling(case: Case) -> dict[str, Any]:
-    """Seconds of the first logical step of two physical ones, set-up included, and of later ones."""
+    """Seconds of the first logical step of two physical ones and all that it needs, and of later ones."""
     with matmul_precision(case.precision):
 
         def first() -> None:
             nonlocal contestant
-            contestant = alone(case)
+            contestant = begin()
             whole()
 
         def whole() -> None:
@@ -27,7 +27,7 @@ def compiling(case: Case) -> dict[str, Any]:
             contestant.step()
             contestant.end()
 
-        contestant: Any = None
+        begin, contestant = made(case), None
         first_s = race.seconds(first)
         later = [race.seconds(whole) for _ in range(LATER)]
     median = statistics.median(later)

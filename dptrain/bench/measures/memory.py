@@ -9,6 +9,7 @@ import torch
 
 from dptrain.bench import race
 from dptrain.bench.case import Case
+from dptrain.bench.contestant import Unsupported
 from dptrain.bench.engines import framework
 from dptrain.bench.measures.one_way import alone
 from dptrain.bench.meters import meter
@@ -24,6 +25,8 @@ WARM_UP = 2
 def memory(case: Case) -> dict[str, Any]:
     """Peak and anatomy, each of the case and of ordinary training in a process of its own."""
     ordinary = replace(case, engine=framework(case), method="non-private", budget_mib=None)
+    if framework(case) == "jax" and case.device.startswith("cuda"):
+        raise Unsupported("memory of JAX is measured on a CPU.")
     peaks = {}
     for name, one in (("", case), ("baseline_", ordinary)):
         outcome = run(peak_of, one)
@@ -53,16 +56,17 @@ def anatomy(case: Case) -> dict[str, Any]:
     with matmul_precision(case.precision):
         contestant = alone(case)
         race.warm_up(contestant)
-        line = profiled(contestant, case.device)
+        line = profiled(contestant, case.device, memory=True)
     parameters, trained = _sizes(case)
     of = {name: [s for s in line if s.name == name] for name in {s.name for s in line}}
 
     def grown(name: str, until: str = "after") -> int:
         return max((getattr(s, until) - s.before for s in of.get(name, ())), default=0)
 
-    forward = of["forward"][0]
+    if "forward" not in of:  # a method that goes through the model in one piece
+        return {}
     before_noise = [s for s in line if s.name in ("backward", "norms", "clip and accumulate")]
-    beyond = max(s.peak for s in before_noise) - forward.after
+    beyond = max(s.peak for s in before_noise) - of["forward"][0].after
     after = {
         "after gradient": _last(of, "backward"),
         "after clip": _last(of, "clip and accumulate"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,8 @@ def profile(case: Case, folder: Path | None = None) -> dict[str, Any]:
     """
     if framework(case) == "jax":
         raise Unsupported("a step in JAX is one compiled piece: its sections cannot be told apart.")
+    if case.device.startswith("cuda"):  # before CUDA begins: each section then ends with its kernels
+        os.environ["CUDA_LAUNCH_BLOCKING"] = "1"
     ordinary = replace(case, engine="torch", method="non-private", budget_mib=None)
     with matmul_precision(case.precision):
         samples = {}
