@@ -1,6 +1,8 @@
 """Every measure on tiny models, through processes and records as the commands do it."""
 
+import functools
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -253,7 +255,10 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path):
     """The process of a case does not hear of it; its parent ends it and says what there is."""
     command = [sys.executable, "-m", "dptrain", "bench", "compile", "--model", "linear", "vit-base"]
     command += ["--image-size", "32", "--batch-size", "4", "--out", str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # A shell that runs the tests in the background has its children ignore Ctrl-C; this one is to hear it.
+    hears = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, preexec_fn=hears, **pipes) as process:
         while not list(tmp_path.glob("records/*linear*")):
             assert process.poll() is None
             time.sleep(0.05)
