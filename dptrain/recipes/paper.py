@@ -20,7 +20,7 @@ BITS = ("bit-50x1", "bit-101x1", "bit-50x3", "bit-101x3", "bit-152x4")
 V100_GIB, A100_GIB = 32.0, 40.0
 LOGICAL_BATCH = 25_000
 #: of Table 2, on 40 GB, where there is one
-LARGEST = {"O-flat": 35, "PV-ghost": 257, "BK-ghost": 209, "non-private": 268}
+LARGEST = {"O-flat": 35, "non-private": 268}
 #: what per-example clipping fits into 40 GB with room to spare: one physical batch for all methods of a model
 PHYSICAL = dict(zip((*VITS, *BITS), (256, 96, 32, 8, 2, 64, 32, 8, 4, 1)))
 #: Table A2

@@ -8,8 +8,9 @@ import sys
 import time
 
 import pytest
+import torch
 
-from dptrain.bench import Case, Records
+from dptrain.bench import Case, Records, torch_engine
 from dptrain.bench import run as runs
 from dptrain.bench.contestant import Contestant
 from dptrain.bench.measures.accuracy import interval95 as interval_of_mean
@@ -18,6 +19,7 @@ from dptrain.bench.outcome import Outcome
 from dptrain.bench.processes import Ended
 from dptrain.bench.race import best, interval95, logical_s, paired_ratios, race
 from dptrain.bench.timeline import sections
+from dptrain.bench.torch_task import Task
 from dptrain.cli import main
 
 TINY = {
@@ -48,6 +50,20 @@ def test_throughput(tmp_path):
     assert len(own["raw_later_physical_step_s"]) >= 5
     assert own["examples_per_s"] == pytest.approx(8 / own["logical_step_s"])
     assert found["ratio_to_non_private"] == pytest.approx(min(baselines.values()) / own["logical_step_s"])
+
+
+def test_what_is_timed_has_its_noise(monkeypatch):
+    released = []
+    monkeypatch.setattr(
+        torch_engine.dpt, "apply", lambda optimizer, model, gradient: released.append(gradient)
+    )
+    task = Task(Case(**TINY), clip_norm=0.5)
+    contestant = torch_engine.private(task)
+    contestant.step()
+    contestant.end()
+    sums = contestant.clipped_sum(task.case.batch_size)
+    noise = torch.cat([(g * 8 - sums[n]).flatten() for n, g in released[0].grads.items()])  # L = 8
+    assert len(noise) > 500 and float(noise.std()) == pytest.approx(0.5, rel=0.15)
 
 
 def test_what_is_not_private_is_its_own_baseline(tmp_path):

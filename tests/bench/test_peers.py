@@ -241,6 +241,23 @@ def test_fastdp_has_an_origin_for_each_beginning():
     assert find(model, (nn.LayerNorm,), lambda: model(tokens)) == ["norm.bias"]
 
 
+@pytest.mark.parametrize("factor", [2.0, float("nan"), 0.0])
+def test_a_wrong_sum_in_jax_is_seen(factor):
+    jax = pytest.importorskip("jax")
+    from dptrain.bench.contestant import Contestant
+    from dptrain.bench.jax_engine import judge
+    from dptrain.bench.jax_task import JaxTask
+
+    task = JaxTask(Case(engine="jax", model="linear", image_size=8, num_classes=4, batch_size=1), 1e6)
+
+    def scaled(n):
+        example = next(task.examples())
+        return jax.tree.map(lambda g: factor * g, jax.grad(task.loss)(task.params, example))
+
+    verdict = judge(Contestant("scaled", "case", int, int, scaled), task)
+    assert verdict["verdict"] == "WRONG" and verdict["sentence"]
+
+
 def test_jax_privacy_is_exact():
     pytest.importorskip("jax_privacy")
     jax = pytest.importorskip("jax")
