@@ -1,5 +1,6 @@
 """Every measure on tiny models, through processes and records as the commands do it."""
 
+import dataclasses
 import functools
 import json
 import signal
@@ -15,6 +16,7 @@ from dptrain.bench import run as runs
 from dptrain.bench.contestant import Contestant
 from dptrain.bench.measures.accuracy import interval95 as interval_of_mean
 from dptrain.bench.measures.batch_size import Search
+from dptrain.bench.measures.throughput import throughput
 from dptrain.bench.outcome import Outcome
 from dptrain.bench.processes import Ended
 from dptrain.bench.race import best, interval95, logical_s, paired_ratios, race
@@ -50,6 +52,28 @@ def test_throughput(tmp_path):
     assert len(own["raw_later_physical_step_s"]) >= 5
     assert own["examples_per_s"] == pytest.approx(8 / own["logical_step_s"])
     assert found["ratio_to_non_private"] == pytest.approx(min(baselines.values()) / own["logical_step_s"])
+
+
+def test_a_wrong_sum_is_seen_where_it_is_timed(monkeypatch):
+    """Also one that is exact in float64: the contestant that is timed is judged itself."""
+    ours = torch_engine.dpt.clipped_grad
+
+    def doubled(model, *args, **options):
+        clipped = ours(model, *args, **options)
+        if next(model.parameters()).dtype == torch.float64:
+            return clipped
+
+        class Twice(type(clipped)):
+            def __call__(self, *inputs, **wishes):
+                out = super().__call__(*inputs, **wishes)
+                return dataclasses.replace(out, grads={n: 2 * g for n, g in out.grads.items()})
+
+        clipped.__class__ = Twice
+        return clipped
+
+    monkeypatch.setattr(torch_engine.dpt, "clipped_grad", doubled)
+    found = throughput(Case(**TINY))["exactness"]
+    assert found["verdict"] == "WRONG" and found["error_as_timed"] > 0.5 and found["error_of_sum"] < 1e-9
 
 
 def test_what_is_timed_has_its_noise(monkeypatch):
