@@ -1,9 +1,7 @@
 """Every measure on tiny models, through processes and records as the commands do it."""
 
 import dataclasses
-import functools
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -293,12 +291,12 @@ def test_everything_is_listed(capsys):
 
 def test_ctrl_c_keeps_what_is_finished(tmp_path):
     """The process of a case does not hear of it; its parent ends it and says what there is."""
-    command = [sys.executable, "-m", "dptrain", "bench", "compile", "--model", "linear", "vit-base"]
-    command += ["--image-size", "32", "--batch-size", "4", "--out", str(tmp_path)]
+    options = ["compile", "--model", "linear", "vit-base", "--image-size", "32", "--batch-size", "4"]
     # A shell that runs the tests in the background has its children ignore Ctrl-C; this one is to hear it.
-    hears = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, preexec_fn=hears, **pipes) as process:
+    hears = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    calls = f"from dptrain.cli import main; sys.exit(main({['bench', *options, '--out', str(tmp_path)]}))"
+    command = [sys.executable, "-c", f"{hears}; {calls}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         while not list(tmp_path.glob("records/*linear*")):
             assert process.poll() is None
             time.sleep(0.05)
