@@ -203,7 +203,7 @@ def test_a_step_that_comes_out_otherwise_is_drawn_afresh(quick, monkeypatch, see
 
 
 def test_noise_of_an_abandoned_course_is_not_used_on_another(quick, monkeypatch):
-    """Steps 4 and 5 are lost; 4 is drawn afresh here and saved. The seed has its noise for 5 in use already."""
+    """Steps 4 and 5 are lost; 4 is drawn afresh here and saved. The seed's noise for 5 is used up."""
     config = quick(steps=9, checkpoint_every=3)
     folder = killed(config, after=5)
     real, drawn = dpt.privatize, []
