@@ -81,9 +81,11 @@ class RunDisplay:
     def resumed(self, taken: int, lost: int, repeats: bool) -> None:
         assert self._task is not None
         self._progress.update(self._task, completed=taken)
-        how = "repeated bit for bit" if repeats else "drawn afresh and paid for again"
-        text = f"Goes on after step {taken}; {lost} releases after it were lost"
-        self._progress.console.print(f"{text}, and are {how}." if lost else f"{text}.", highlight=False)
+        text = f"Goes on after step {taken}"
+        if lost:
+            how = "repeated bit for bit" if repeats else "drawn afresh and paid for again"
+            text += f"; {lost} releases after it were lost, and are {how}"
+        self._progress.console.print(f"{text}.", highlight=False)
 
     def noted(self, note: str) -> None:
         self._progress.console.print(f"[bold yellow]note:[/] {escape(note)}", highlight=False)
@@ -130,12 +132,7 @@ def show_plan(console: Console, run: Run, folder: RunFolder) -> None:
         table.add_row(
             "privacy", "[bold red]NONE[/]: non-private method, no clipping, no noise, epsilon = inf"
         )
-    table.add_row(
-        "randomness",
-        "reproducible: whoever knows the seed can remove the noise"
-        if run.key.reproducible
-        else "operating system",
-    )
+    table.add_row("randomness", _randomness(run))
     table.add_row("device", f"{_device(run)}, {config.precision}{', compiled' if config.compile else ''}")
     table.add_row("run folder", escape(str(folder.path)))
     console.print(table)
@@ -169,10 +166,7 @@ def show_outcome(console: Console, outcome: Outcome) -> None:
             if name == "epsilon":
                 name = "epsilon of the whole run"
             table.add_row(name, value)
-        table.add_row(
-            "randomness",
-            "from --seed: reproducible" if run.key.reproducible else "operating system",
-        )
+        table.add_row("randomness", _randomness(run))
         table.add_row("covered by epsilon", "the saved weights and every value shown without a mark")
     else:
         table.add_row("privacy", "[bold red]none: epsilon = inf[/]")
@@ -185,6 +179,13 @@ def show_outcome(console: Console, outcome: Outcome) -> None:
     )
     table.add_row("go on with" if outcome.interrupted else "repeat with", escape(f"dptrain train {again}"))
     console.print(table)
+
+
+def _randomness(run: Run) -> str:
+    if run.key.reproducible:
+        return "from --seed: reproducible; whoever knows the seed can remove the noise"
+    kept = "; while it runs, its key is kept outside the run folder" if run.config.restart == "replay" else ""
+    return f"operating system{kept}"
 
 
 def _releases(outcome: Outcome) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dptrain.core import durable
 from dptrain.core.ledger import Ledger, LedgerError, Mark
 from dptrain.training.checkpoint import Checkpoint, CheckpointError, Checkpoints, read
 from dptrain.training.config import ConfigError, TrainConfig
@@ -76,6 +77,7 @@ def clear_unstarted(folder: RunFolder) -> None:
             f"{folder.ledger} holds releases, which a new run would hide: choose another --out."
         )
     folder.ledger.unlink(missing_ok=True)
+    durable.remove_unfinished(folder.path)
     Checkpoints(folder.checkpoints).remove()
 
 
