@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dptrain.core import durable
+from dptrain.core.key_file import forget, key_path
 from dptrain.core.ledger import Ledger, LedgerError, Mark
 from dptrain.training.checkpoint import Checkpoint, CheckpointError, Checkpoints, read
 from dptrain.training.config import ConfigError, TrainConfig
@@ -46,6 +47,7 @@ def open_saved(path: Path) -> Saved | None:
     if not (path / CONFIG).is_file():
         raise ConfigError(f"{path} holds no run: it has no {CONFIG}.")
     if folder.is_finished:
+        _tidy(folder)
         raise ConfigError(f"the run in {path} is finished: there is nothing to resume.")
     checkpoint, refused = Checkpoints(folder.checkpoints).newest()
     if checkpoint is None and not refused and not _has_released(folder):
@@ -64,6 +66,14 @@ def open_saved(path: Path) -> Saved | None:
         raise
     notes = [f"{note} The one before it is used." for note in refused]
     return Saved(folder, folder.config, ledger, checkpoint, fixed, tuple(notes))
+
+
+def _tidy(folder: RunFolder) -> None:
+    """Remove what a finished run had no time to remove."""
+    if folder.checkpoints.exists():
+        forget(key_path(Ledger.read(folder.ledger).run))
+        Checkpoints(folder.checkpoints).remove()
+    durable.remove_unfinished(folder.path)
 
 
 def clear_unstarted(folder: RunFolder) -> None:

@@ -59,7 +59,7 @@ def seconds_of(config: TrainConfig) -> float:
 def _run(config: TrainConfig, dies_at: int | None, largest_file: int | None) -> None:
     import torch
 
-    from dptrain.training import StorageError, resume, train
+    from dptrain.training import ConfigError, StorageError, resume, train
 
     torch.set_num_threads(1)
     if largest_file is not None:
@@ -70,6 +70,9 @@ def _run(config: TrainConfig, dies_at: int | None, largest_file: int | None) -> 
         resume(config.out, config) if (config.out / "config.json").exists() else train(config)
     except StorageError:
         os._exit(FAILED)
+    except ConfigError as error:  # it was killed when all was done
+        if "is finished" not in str(error):
+            raise
 
 
 def _make_writes_deadly(at: int) -> None:

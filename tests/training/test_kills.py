@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from dptrain.core.key_file import key_path
 from dptrain.core.ledger import Ledger
 from dptrain.training.checkpoint import Checkpoints, read
 from tests.training.kills import FAILED, ends, killed_within, seconds_of, start
@@ -28,6 +29,7 @@ def small(quick, tmp_path):
     """Six steps with momentum and an average, and what they take in seconds."""
     config = quick(steps=6, evaluations=3, checkpoint_every=2, weight_average=0.9, accountant="rdp")
     whole = replace(config, out=tmp_path / "whole")
+    seconds_of(replace(config, out=tmp_path / "first"))  # its server has yet to import everything
     return config, whole, seconds_of(whole)
 
 
@@ -45,6 +47,7 @@ def check(folder, whole, mode):
         weights = "model.safetensors"
         assert (folder / weights).read_bytes() == (whole / weights).read_bytes()
     assert not (folder / "checkpoints").exists() and not list(folder.rglob("*.unfinished"))
+    assert not key_path(ledger.run).exists()
 
 
 def check_meanwhile(folder):
