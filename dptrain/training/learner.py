@@ -11,13 +11,13 @@ from torch import nn
 
 from dptrain import torch as dpt
 from dptrain.core.entropy import Key
+from dptrain.core.releases import Numbers
 from dptrain.core.spec import StepSpec
 from dptrain.optim import average_of, build_optimizer, build_schedule
 from dptrain.torch.physical_batch import Trial, choose
 from dptrain.training.checkpoint import CheckpointError
 from dptrain.training.loop import (
     BeforeRelease,
-    Numbers,
     Step,
     clip_stand_ins,
     logical_steps,

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
 from dptrain import torch as dpt
 from dptrain.core.entropy import Key
+from dptrain.core.releases import Numbers
 from dptrain.core.sampling import LogicalSampler, PhysicalBatch, physical_batches
 from dptrain.core.spec import StepSpec
 from dptrain.data import Batch
@@ -22,9 +22,6 @@ from dptrain.training.device import autocast
 from dptrain.training.prepare import Run
 
 LossFunction = Callable[[nn.Module, Batch], torch.Tensor]
-
-Numbers = Callable[[], Mapping[str, np.ndarray]]
-"""A noisy gradient by parameter name, brought to the host when it is asked for."""
 
 BeforeRelease = Callable[[int, StepSpec, Numbers], None]
 """Called with a step's index, its specification and its noisy gradient, before anything is made of that: to

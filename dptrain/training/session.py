@@ -9,8 +9,11 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from dptrain.core import durable
+from dptrain.core.entropy import Key
 from dptrain.core.ledger import Ledger
+from dptrain.core.releases import NotTheSame, Releases
 from dptrain.core.remembered import Consulted, recalling
+from dptrain.training import secret
 from dptrain.training.checkpoint import Checkpoint, Checkpoints, write
 from dptrain.training.config import ConfigError
 from dptrain.training.evaluation import Score, evaluate
@@ -21,7 +24,6 @@ from dptrain.training.loop import Step
 from dptrain.training.outcome import Outcome, summarise
 from dptrain.training.pace import Pace
 from dptrain.training.prepare import Run
-from dptrain.training.releases import NotTheSame, Releases
 from dptrain.training.run_folder import RunFolder
 from dptrain.training.saved import Saved, clear_unstarted, fixed_tensors
 from dptrain.training.tensorboard import TensorBoard, open_tensorboard
@@ -46,6 +48,7 @@ class Session:
         self.trained_s: float = saved.checkpoint.facts["training_s"] if saved else 0.0
         self.started = time.perf_counter()
         self.size = 0
+        self.ledger: Ledger
         self.releases: Releases
 
     def run_to_end(self) -> Outcome:
@@ -54,7 +57,7 @@ class Session:
             self.size, trials = self.learner.get_ready(self.listener.compiles)
         self.listener.chose_physical_batch_size(self.size, trials)
         with self._new_ledger() if self.saved is None else self.saved.ledger as ledger:
-            self.releases = Releases(self.run, ledger)
+            self.ledger = ledger
             self._begin() if self.saved is None else self._go_on(self.saved)
             return self._to_end()
 
@@ -75,30 +78,33 @@ class Session:
     def _begin(self) -> None:
         """Nothing is released before there is a checkpoint to begin again from."""
         with self._storage():
-            self.releases.begin()
+            secret.store(self.run, self.ledger, self.run.key)
             self.folder.checkpoints.mkdir()
-            fixed = fixed_tensors(self.run.model)
-            write(self.folder.fixed, fixed, {"run": self.releases.ledger.run})
+            write(self.folder.fixed, fixed_tensors(self.run.model), {"run": self.ledger.run})
         self._checkpoint()
+        self.releases = self._releases(self.run.key)
         self._open_tensorboard()
 
     def _go_on(self, saved: Saved) -> None:
-        facts, ledger = saved.checkpoint.facts, saved.ledger
+        facts, made = saved.checkpoint.facts, len(self.ledger.releases)
         self.learner.restore(saved.checkpoint.step, State(saved.checkpoint.tensors, facts["learner"]))
         with self._storage():
             for folder in (self.folder.path, self.folder.checkpoints):
                 durable.remove_unfinished(folder)
             self.folder.cut_metrics(facts["metrics_bytes"])
-            note = self.releases.go_on()
+            key, note = secret.stored(self.run, self.ledger)
+        self.releases = self._releases(key)
         self._open_tensorboard()
-        lost = len(ledger.releases) - facts["ledger"]["length"]
-        self._record({"event": "resumed", "step": self.learner.taken, "releases": len(ledger.releases)})
-        self.listener.resumed(self.learner.taken, lost, self.releases.repeats)
+        self._record({"event": "resumed", "step": self.learner.taken, "releases": made})
+        self.listener.resumed(self.learner.taken, made - facts["ledger"]["length"], self.releases.repeats)
         for text in (*saved.notes, *([note] if note else [])):
             self.listener.noted(text)
 
+    def _releases(self, key: Key) -> Releases:
+        return Releases(self.run.mechanism, self.ledger, key, repeats=secret.repeats(self.run))
+
     def _to_end(self) -> Outcome:
-        made = len(self.releases.ledger.releases)
+        made = len(self.ledger.releases)
         due = _evaluation_steps(self.run.mechanism.steps, self.run.config.evaluations)
         for number in due:
             # Accounting by PLD takes a good part of a second: done ahead, it slows no step.
@@ -109,8 +115,9 @@ class Session:
                 try:
                     self._take_steps(due)
                 except NotTheSame:
+                    self.releases.draw_afresh()
                     with self._storage():
-                        self.releases.draw_afresh()
+                        secret.store(self.run, self.ledger, self.releases.key)
                     self.listener.noted(
                         f"Step {self.learner.taken + 1} did not come out as before, bit for bit: it and "
                         "those after it are drawn afresh and paid for."
@@ -121,7 +128,7 @@ class Session:
             raise
         except Exception:
             # What has been paid for is kept, whatever went wrong.
-            if self.releases.ledger.releases:
+            if self.ledger.releases:
                 self._finish(interrupted=True)
             raise
         return self._finish(interrupted=False)
@@ -139,7 +146,7 @@ class Session:
                 return
 
     def _took(self, step: Step, due: set[int]) -> None:
-        epsilon = self._epsilon(len(self.releases.ledger.releases))
+        epsilon = self._epsilon(len(self.ledger.releases))
         self.listener.stepped(step, epsilon, self._examples_per_s())
         if step.unprotected is not None:
             self._record({"event": "unprotected", "step": step.number, **asdict(step.unprotected)})
@@ -153,7 +160,7 @@ class Session:
             state = self.learner.state()
             facts = {
                 "identity": identity(self.run),
-                "ledger": asdict(self.releases.ledger.mark),
+                "ledger": asdict(self.ledger.mark),
                 "learner": state.numbers,
                 "measured": self.measured,
                 "metrics_bytes": self.folder.metrics_bytes(),
@@ -212,8 +219,7 @@ class Session:
         self.learner.settle()
         with self._storage():
             self.folder.save_model(run.model)
-        ledger = self.releases.ledger
-        epsilon = ledger.epsilon(run.config.delta, run.config.accountant)
+        epsilon = self.ledger.epsilon(run.config.delta, run.config.accountant)
         if self.scored_at != taken or self.score is None:
             self._evaluate(epsilon)
         assert self.score is not None
@@ -221,7 +227,7 @@ class Session:
             run=run,
             folder=self.folder,
             steps=taken,
-            releases=len(ledger.releases),
+            releases=len(self.ledger.releases),
             epsilon=epsilon,
             score=self.score,
             interrupted=interrupted,
@@ -233,7 +239,7 @@ class Session:
             if self.tensorboard is not None:
                 self.tensorboard.close()
             if not interrupted:
-                self.releases.end()
+                secret.remove(self.ledger)
                 self.checkpoints.remove()
         return outcome
 
