@@ -55,11 +55,10 @@ class Session:
         """Take the steps that are left, and leave everything in the run folder."""
         with recalling(self.measured):  # of a resumed run: another plan would round differently
             self.size, trials = self.learner.get_ready(self.listener.compiles)
-        self.listener.chose_physical_batch_size(self.size, trials)
-        with self._new_ledger() if self.saved is None else self.saved.ledger as ledger:
-            self.ledger = ledger
-            self._begin() if self.saved is None else self._go_on(self.saved)
-            return self._to_end()
+            self.listener.chose_physical_batch_size(self.size, trials)
+            with self._new_ledger() if self.saved is None else self.saved.ledger as self.ledger:
+                self._begin() if self.saved is None else self._go_on(self.saved)
+                return self._to_end()
 
     def _new_ledger(self) -> Ledger:
         """The run folder, its configuration and its ledger."""
