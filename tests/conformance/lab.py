@@ -17,7 +17,7 @@ import numpy as np
 from dptrain.core.entropy import Key
 from dptrain.core.mechanism import Mechanism
 
-from .problems import Arrays, Autoencoder, clipped_gradients, flat
+from .problems import Arrays, Autoencoder, Problem, clipped_gradients, flat
 from .subjects import Run, Subject, Task
 
 CLIP_NORM = 0.75
@@ -30,15 +30,15 @@ HUGE = 1e25
 """Finite, but its gradient is not."""
 
 
-def mechanism(size: int, **changes: Any) -> Mechanism:
-    """Everybody in each of 4 steps; L differs from q N by what ``make_private`` lets pass."""
+def mechanism(size: int, slack: float = 1.0, **changes: Any) -> Mechanism:
+    """Everybody in each of 2 steps; L is ``slack`` times q N."""
     rate = changes.get("sample_rate", 1.0)
     options = {
         "noise_multiplier": 1.0,
         "clip_norm": CLIP_NORM,
         "sample_rate": rate,
-        "steps": 4,
-        "expected_batch_size": 1.005 * rate * size,
+        "steps": 2,
+        "expected_batch_size": slack * rate * size,
     }
     return Mechanism.constant(**(options | changes))
 
@@ -50,37 +50,55 @@ class Lab:
         self.subject = subject
         self.problem = subject.problem()
         self.size = len(self.problem.data["x"])
+        self.keys = KeysInUse()  #: of ``empty``
 
-    def run(self, problem: Any, physical: int = PHYSICAL, key: Key | None = None, **changes: Any) -> Run:
-        task = Task(problem, mechanism(len(problem.data["x"]), **changes), physical, key)
-        return self.subject.run(task)
+    def run(self, problem: Any, physical: int = PHYSICAL, seed: int | None = None, **changes: Any) -> Run:
+        own = mechanism(self.size, self.subject.slack, **changes)
+        return self.subject.run(Task(problem, own, physical, seed))
 
     # ------------------------------------------------------------------------------------------- runs
 
     @cached_property
     def sampled(self) -> Run:
         """Poisson samples of three eighths; no noise to speak of."""
-        return self.run(self.problem, noise_multiplier=NEXT_TO_NO_NOISE, sample_rate=self.rate, steps=40)
+        return self.run(self.problem, noise_multiplier=NEXT_TO_NO_NOISE, sample_rate=self.rate, steps=80)
 
-    rate = 0.375
+    rate, seed = 0.375, 3
 
     @cached_property
     def full(self) -> Run:
         """Everybody, with noise, and what it costs."""
-        return self.run(self.problem, delta=1e-5)
+        return self.run(self.problem, seed=self.seed, delta=1e-5)
+
+    @cached_property
+    def full_at_once(self) -> Run:
+        """The same, in one physical batch."""
+        return self.run(self.problem, self.size, self.seed, delta=1e-5)
 
     @cached_property
     def empty(self) -> Run:
         """Nobody, with noise. L is a power of two, so that dividing by it rounds nothing."""
-        return self.run(self.problem, sample_rate=2.0**-25 / self.size, expected_batch_size=2.0**-25)
+        with self.keys:
+            return self._nobody()
+
+    def _nobody(self) -> Run:
+        rate = 2.0**-25 / self.size
+        return self.run(self.problem, sample_rate=rate, expected_batch_size=2.0**-25, steps=4)
+
+    @cached_property
+    def empty_again(self) -> Run:
+        return self._nobody()
 
     @cached_property
     def broken(self) -> Run:
         """Everybody, and some whose gradients are not finite; no noise to speak of."""
-        return self.run(self.broken_problem, noise_multiplier=NEXT_TO_NO_NOISE, steps=2)
+        return self.run(self.broken_problem, noise_multiplier=NEXT_TO_NO_NOISE)
 
     @cached_property
-    def broken_problem(self) -> Autoencoder:
+    def broken_problem(self) -> Problem:
+        """The ordinary one where the subject's data cannot be broken."""
+        if not isinstance(self.problem, Autoencoder):
+            return self.problem
         x = np.ones(self.problem.features, np.float32)
         return self.problem.replaced(
             {1: {"x": x * np.nan}, 8: {"x": x * HUGE}, 15: {"t": np.inf}, 20: {"x": -x * np.inf}}
@@ -88,7 +106,7 @@ class Lab:
 
     # ------------------------------------------------------------------------- what can be read off them
 
-    def counts(self, run: Run, problem: Any, expected_batch_size: float) -> tuple[np.ndarray, np.ndarray]:
+    def counts(self, run: Run, problem: Problem, rate: float) -> tuple[np.ndarray, np.ndarray]:
         """How often each example was counted in each step, ``[T, N]``, and what no example explains, ``[T]``.
 
         From releases without noise: the sum is L times the release, and clipped gradients of different
@@ -98,7 +116,7 @@ class Lab:
         counts, rests = [], []
         for weights, release in zip(run.weights, run.releases, strict=True):
             parts = clipped_gradients(problem, weights, CLIP_NORM)
-            total = flat(release) * expected_batch_size
+            total = flat(release) * self.subject.slack * rate * self.size
             assert np.isfinite(total).all(), "a release is not finite."
             count, *_ = np.linalg.lstsq(parts.T, total, rcond=1e-9)
             counts.append(count)
@@ -108,7 +126,7 @@ class Lab:
     @cached_property
     def batches(self) -> np.ndarray:
         """Who was in each batch of ``sampled``, bool ``[T, N]``."""
-        counts, _ = self.counts(self.sampled, self.problem, 1.005 * self.rate * self.size)
+        counts, _ = self.counts(self.sampled, self.problem, self.rate)
         return counts > 0.5
 
     @cached_property
@@ -125,7 +143,7 @@ class Lab:
         out = []
         for weights, release in zip(self.full.weights, self.full.releases, strict=True):
             total = clipped_gradients(self.problem, weights, CLIP_NORM).sum(0)
-            out.append(flat(release) * 1.005 * self.size - total)
+            out.append(flat(release) * self.subject.slack * self.size - total)
         return np.array(out)
 
 

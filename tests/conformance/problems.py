@@ -29,9 +29,10 @@ class Problem(Protocol):
 
 @dataclass
 class Autoencoder:
-    """``x -> tanh(x W + b) W^T + c``: a matrix that is used twice, and a parameter that few examples touch.
+    """``x -> tanh(x W + b) W^T + c``: a matrix that is used twice, one that is used once, and a parameter
+    that few examples touch.
 
-    The loss is ``||output - x||^2 / 2 + t sum(r)``. At b = c = 0 an example of zeros has no gradient.
+    The loss is ``||output - x||^2 / 2 + ||x S||^2 / 2 + t sum(r)``.
     """
 
     size: int = 24
@@ -46,18 +47,20 @@ class Autoencoder:
         self.data: Arrays = {"x": x.astype(np.float32), "t": t.astype(np.float32)}
         w = rng.normal(size=(self.features, self.hidden)) / self.hidden
         shapes = {"b": self.hidden, "c": self.features, "r": 3}
-        self.weights: Arrays = {"w": w.astype(np.float32)}
+        s = rng.normal(size=(self.features, 4)) / self.features
+        self.weights: Arrays = {"w": w.astype(np.float32), "s": s.astype(np.float32)}
         self.weights |= {name: np.zeros(size, np.float32) for name, size in shapes.items()}
 
     def gradients(self, weights: Arrays) -> Arrays:
-        w, b, c = (weights[name].astype(np.float64) for name in "wbc")
+        w, b, c, s = (weights[name].astype(np.float64) for name in "wbcs")
         x, t = (self.data[name].astype(np.float64) for name in "xt")
         with np.errstate(all="ignore"):
             h = np.tanh(x @ w + b)
             e = h @ w.T + c - x
             dz = (e @ w) * (1 - h**2)
             dw = x[:, :, None] * dz[:, None, :] + e[:, :, None] * h[:, None, :]
-            return {"w": dw, "b": dz, "c": e, "r": np.repeat(t[:, None], 3, 1)}
+            ds = x[:, :, None] * (x @ s)[:, None, :]
+            return {"w": dw, "b": dz, "c": e, "s": ds, "r": np.repeat(t[:, None], 3, 1)}
 
     def replaced(self, rows: dict[int, Arrays]) -> Autoencoder:
         """The same problem with other examples at these indices."""

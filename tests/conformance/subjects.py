@@ -23,7 +23,12 @@ class Task:
     problem: Problem
     mechanism: Mechanism
     physical_batch_size: int
-    key: Key | None = None  #: None: from the operating system's entropy
+    seed: int | None = None  #: None: from the operating system's entropy
+
+
+def secret(task: Task) -> Key:
+    """The key of a task, where a subject takes one."""
+    return Key.from_entropy() if task.seed is None else Key.from_seed(task.seed)
 
 
 @dataclass
@@ -33,7 +38,7 @@ class Run:
     Attributes:
         weights: before each step.
         releases: by step, what reached the optimizer.
-        told: what each step said.
+        told: what each step said besides epsilon.
         epsilon: stated at the end; None if the mechanism has no delta.
     """
 
@@ -44,6 +49,8 @@ class Run:
 
 
 class Subject(Protocol):
+    slack: float  #: L over q N
+
     def problem(self) -> Problem:
         """Ordinary examples."""
         ...

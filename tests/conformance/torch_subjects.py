@@ -16,7 +16,7 @@ from dptrain.core.mechanism import Mechanism
 from dptrain.core.sampling import LogicalSampler, physical_batches
 
 from .problems import Arrays, Autoencoder, Problem
-from .subjects import Run, Task
+from .subjects import Run, Task, secret
 
 
 class Model(nn.Module):
@@ -29,7 +29,7 @@ class Model(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         out = torch.tanh(x @ self.w + self.b) @ self.w.T + self.c
-        return (out - x).square().sum(1) / 2 + t * self.r.sum()
+        return ((out - x).square().sum(1) + (x @ self.s).square().sum(1)) / 2 + t * self.r.sum()
 
 
 def loss_fn(model: nn.Module, batch: list[Tensor]) -> Tensor:
@@ -54,12 +54,14 @@ def _tensors(problem: Problem) -> list[Tensor]:
 class TorchLoop:
     """``clipped_grad`` and ``privatize`` in a loop of one's own: sums are added, nothing is given away."""
 
+    slack = 1.005  #: which make_private lets pass
+
     def problem(self) -> Autoencoder:
         return Autoencoder()
 
     def run(self, task: Task) -> Run:
         model, mechanism = Model(task.problem.weights), task.mechanism
-        data, key = _tensors(task.problem), task.key or Key.from_entropy()
+        data, key = _tensors(task.problem), secret(task)
         clipped = dpt.clipped_grad(model, loss_fn, clip_norm=mechanism.clip_norm)
         recorder, run = Recorder(model), Run()
         for step in range(mechanism.steps):
@@ -104,11 +106,11 @@ class TorchPrivate(TorchLoop):
             loss_fn,
             task.mechanism,
             physical_batch_size=task.physical_batch_size,
-            key=task.key,
+            key=secret(task),
         )
         for step in private.steps():
             run.weights.append(task.problem.weights)
-            run.told.append(step)
+            run.told.append((step.number, step.steps))
         run.releases = recorder.seen
         run.epsilon = None if task.mechanism.delta is None else private.epsilon
         return run

@@ -57,6 +57,27 @@ def divided_by_the_realised_batch(patch: Patch, engine: str) -> None:
     )
 
 
+def divided_by_the_data_set(patch: Patch, engine: str) -> None:
+    """By ``int(q N)``, as from the length of a loader."""
+    from dptrain.core.sampling import LogicalSampler
+
+    known: list[int] = []
+
+    def change(true: Callable) -> Callable:
+        def sample(sampler: LogicalSampler, step: int) -> Any:
+            known.append(max(1, int(sampler.sampling.sample_rate * sampler.dataset_size)))
+            return true(sampler, step)
+
+        return sample
+
+    patch.around(LogicalSampler, "sample", change)
+    _door(
+        patch,
+        engine,
+        lambda true: lambda s, stddev, size, *rest: true(s, stddev, known[-1] if known else size, *rest),
+    )
+
+
 def on_the_mean(patch: Patch, engine: str) -> None:
     """``sum / n + N(0, (sigma C / L)^2)``, n the realised batch size."""
     tally = Tally(patch, engine)
