@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -14,6 +13,7 @@ import numpy.typing as npt
 from dptrain.core import rounded_gaussian
 from dptrain.core.entropy import Key
 from dptrain.core.gaussian import BLOCK, Gaussians, Place, streams_of
+from dptrain.core.grid import in_spacings
 from dptrain.core.rounded_gaussian import RoundedGaussians
 
 Array = npt.NDArray[Any]
@@ -88,8 +88,7 @@ def noisy_mean_on_grid(
         ValueError: the noise's standard deviation is not 1 to 2^32 spacings, or a parameter has more than
             2^31 elements.
     """
-    # The product sigma C was rounded: never to less than it is.
-    stddev = math.nextafter(noise_stddev, math.inf) / grid
+    stddev = in_spacings(noise_stddev, grid)
     rounded_gaussian.check_stddev(stddev)
     for name, total in sums.items():
         if total.size > rounded_gaussian.LARGEST_PARAMETER:
