@@ -15,11 +15,13 @@ The spacing is the power of two for which the noise has a standard deviation of 
   their noise stay within 64 bits. (For sigma < 2^-6 this makes the grid coarser.)
 * About one number in 10^5 is computed at length (`dptrain.core.rounded_gaussian`); 2^28 spacings would
   make it one in 10^4, to no gain.
+
+All steps of a mechanism have one grid, that of the least noise: what clips need not follow a schedule.
 """
 
 import math
 
-from dptrain.core import checks, rounded_gaussian
+from dptrain.core import checks
 
 SPACINGS = 24
 """The noise's standard deviation is 2 to this power spacings, or up to twice as many."""
@@ -29,31 +31,30 @@ LARGEST_LENGTH = 31
 
 
 def spacing(noise_stddev: float, sensitivity: float) -> float:
-    """The spacing for a noise of so much and examples of at most such a norm.
+    """The spacing for a noise of at least so much and examples of at most such a norm.
 
     Raises:
-        ValueError: there is no noise, or next to none.
+        ValueError: there is no noise.
     """
     if noise_stddev == 0:
         raise ValueError("a step without noise has nothing to be hardened; give a noise multiplier above 0.")
     exponent = max(_exponent(noise_stddev) - SPACINGS, _exponent(sensitivity) + 1 - LARGEST_LENGTH)
-    return checked(math.ldexp(1.0, exponent), noise_stddev, sensitivity)
+    return math.ldexp(1.0, exponent)
 
 
-def checked(spacing: float, noise_stddev: float, sensitivity: float) -> float:
-    """The spacing, if it is a power of two that suits noise and sensitivity.
+def checked(spacing: float, sensitivity: float) -> float:
+    """The spacing, if it is a power of two and sums of examples of such a norm cannot overflow.
 
     Raises:
-        TypeError, ValueError: it is not.
+        TypeError, ValueError: it is not, or they can.
     """
     spacing = checks.positive("grid", spacing)
     if math.frexp(spacing)[0] != 0.5:
         raise ValueError(f"grid must be a power of two, but it is {spacing}; use Mechanism.hardened().")
-    rounded_gaussian.check_stddev(in_spacings(noise_stddev, spacing))
     if sensitivity / spacing > 2.0**LARGEST_LENGTH:
         raise ValueError(
-            f"an example of norm {sensitivity:g} is longer than 2^{LARGEST_LENGTH} spacings of {spacing:g}, and "
-            "sums could overflow; use Mechanism.hardened()."
+            f"an example of norm {sensitivity:g} is longer than 2^{LARGEST_LENGTH} spacings of {spacing:g}, "
+            "and sums could overflow; use Mechanism.hardened()."
         )
     return spacing
 

@@ -1,6 +1,7 @@
 """`Mechanism`: the one description that clipping, noise, sampling and accounting read."""
 
 import bisect
+import dataclasses
 import importlib.metadata
 import itertools
 import math
@@ -11,7 +12,7 @@ from typing import Any
 
 import dp_accounting
 
-from dptrain.core import accounting, calibration, checks
+from dptrain.core import accounting, calibration, checks, grid
 from dptrain.core.accounting import ADD_OR_REMOVE_ONE, PLD, RDP, Segments
 from dptrain.core.spec import POISSON, StepSpec, flat_step
 
@@ -181,9 +182,11 @@ class Mechanism:
         Its steps have a grid (see `dptrain.core.grid`), which clipping and noise have to follow.
 
         Raises:
-            ValueError: a step has no noise.
+            ValueError: a step has no noise, or one has 128 times as much as another.
         """
-        segments = tuple((spec.hardened(), count) for spec, count in self.segments)
+        specs = [spec for spec, _ in self.segments]
+        spacing = grid.spacing(min(s.noise_stddev for s in specs), max(s.sensitivity for s in specs))
+        segments = tuple((dataclasses.replace(spec, grid=spacing), count) for spec, count in self.segments)
         return Mechanism(segments, self.neighbours, self.delta)
 
     # Reading it

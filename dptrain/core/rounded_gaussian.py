@@ -175,6 +175,6 @@ def check_stddev(stddev: float) -> None:
     """
     if not SMALLEST <= stddev <= LARGEST:
         raise ValueError(
-            f"rounded noise needs a standard deviation of 1 to 2^32 grid spacings, and has {stddev:g}: "
-            "Mechanism.hardened() chooses a grid for which it has 2^24."
+            f"rounded noise needs a standard deviation of 1 to 2^32 grid spacings, and has {stddev:g}: use a "
+            "grid such as that of Mechanism.hardened()."
         )

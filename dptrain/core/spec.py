@@ -1,11 +1,10 @@
 """One step of the mechanism as data: how examples are sampled, clipped and noised."""
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
 
-from dptrain.core import checks, clip_rules, grid
+from dptrain.core import checks, clip_rules, grid, rounded_gaussian
 from dptrain.core.clip_rules import ClipRule, Flat
 
 POISSON = "poisson"
@@ -140,15 +139,8 @@ class StepSpec:
             checks.positive("expected_batch_size", self.expected_batch_size),
         )
         if self.grid is not None:
-            object.__setattr__(self, "grid", grid.checked(self.grid, self.noise_stddev, self.sensitivity))
-
-    def hardened(self) -> "StepSpec":
-        """This step on the integer grid that suits its noise.
-
-        Raises:
-            ValueError: it has no noise.
-        """
-        return dataclasses.replace(self, grid=grid.spacing(self.noise_stddev, self.sensitivity))
+            object.__setattr__(self, "grid", grid.checked(self.grid, self.sensitivity))
+            rounded_gaussian.check_stddev(grid.in_spacings(self.noise_stddev, self.grid))
 
     @property
     def clip_norm(self) -> float:

@@ -106,6 +106,14 @@ def group_uses(uses: list[Use], names: dict[int, str], parameters: dict[str, Ten
     return groups
 
 
+def at_leaves(groups: tuple[Group, ...]) -> tuple[Group, ...]:
+    """The same uses, with the gradients of single examples pulled back to the leaves, and summed there."""
+    members: dict[tuple[str, ...], tuple[int, ...]] = {}
+    for group in groups:  # those of one leaf's selections differ in nothing but their uses
+        members[group.leaves] = members.get(group.leaves, ()) + group.uses
+    return tuple(Group(Kind.GENERAL, leaves, uses, one_by_one=True) for leaves, uses in members.items())
+
+
 def _kind(
     uses: list[Use], leaves: tuple[str, ...], parameters: dict[str, Tensor]
 ) -> tuple[Kind, tuple[bool, ...]]:
