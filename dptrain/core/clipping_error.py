@@ -10,8 +10,8 @@ of n terms of one sign is off by gamma_(n - 1) of itself at most, in whatever or
    N^2 >= (|g|^2 - d t) (1 - D), with D by route:
 
    ``blocks``  the squares of `BLOCK` elements are summed in the type; d / `BLOCK` blocks and the parts of the
-               norm (of uses, of parameters) in float64. D = gamma_(BLOCK + 8) + gamma_(d / BLOCK + parts + 8),
-               the latter of float64; the 8 for squares, for square roots that are squared again, for casts.
+               norm (of uses, parameters) in float64. D = gamma_(BLOCK + 8) + gamma_(d / BLOCK + parts + 8),
+               the latter of float64; the 8 for squares, for roots that are squared again, for casts.
    ``levels``  sums of `BLOCK` elements are themselves summed by blocks, until one is left, all in the type:
                l levels, then the parts. D = gamma_(l BLOCK + parts + 8).
    ``gram``    a bound on its error is added to each part, which holds against the gradient in the arithmetic
@@ -25,9 +25,9 @@ So c |g| <= S C (1 + 16 u) sqrt((1 + d t / (S C)^2) / (1 - D)), and
 
     S = (1 - 16 u) sqrt(1 - D - 2 d t / C^2)
 
-suffices. In float32 it is 1 - 1.7e-5 by blocks, in float64 1 - 4e-14, a little less for large models. The type
-in which the model computes does not enter: whatever was rounded to TF32 or bfloat16 on the way to g, it is this
-g that is clipped.
+suffices. In float32 it is 1 - 1.7e-5 by blocks, in float64 1 - 4e-14, a little less for large models. The
+type in which the model computes does not enter: whatever was rounded to TF32 or bfloat16 on the way to g, it
+is this g that is clipped.
 """
 
 import functools

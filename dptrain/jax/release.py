@@ -99,8 +99,8 @@ def refuse_grid(mechanism: Mechanism | StepSpec) -> None:
     steps = [spec for spec, _ in mechanism.segments] if isinstance(mechanism, Mechanism) else [mechanism]
     if any(isinstance(spec, StepSpec) and spec.grid is not None for spec in steps):
         raise ValueError(
-            "JAX's sums are in floating point, and this mechanism's on an integer grid: use the mechanism that "
-            "is not hardened, or dptrain.torch."
+            "JAX's sums are in floating point, and this mechanism's on an integer grid: use one that is not "
+            "hardened, or dptrain.torch."
         )
 
 
