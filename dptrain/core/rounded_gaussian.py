@@ -124,7 +124,8 @@ class RoundedGaussians:
         with np.errstate(divide="ignore", invalid="ignore"):
             np.multiply(words[0], 2.0**-64, out=radii)
             np.log(radii, out=radii)
-            radii *= -2
+            np.abs(radii, out=radii)  # ln 1 = 0, and -0 would have a negative inverse
+            radii *= 2
             np.sqrt(radii, out=radii)
             np.divide(1, radii, out=bounds)
             bounds += radii
