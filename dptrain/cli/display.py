@@ -78,6 +78,18 @@ class RunDisplay:
         self._task = self._progress.add_task("training", total=self._steps, state="")
         self._progress.start()
 
+    def resumed(self, taken: int, lost: int, repeats: bool) -> None:
+        assert self._task is not None
+        self._progress.update(self._task, completed=taken)
+        text = f"Goes on after step {taken}"
+        if lost:
+            how = "repeated bit for bit" if repeats else "drawn afresh and paid for again"
+            text += f"; {lost} releases after it were lost, and are {how}"
+        self._progress.console.print(f"{text}.", highlight=False)
+
+    def noted(self, note: str) -> None:
+        self._progress.console.print(f"[bold yellow]note:[/] {escape(note)}", highlight=False)
+
     def stepped(self, step: Step, epsilon: float, examples_per_s: float) -> None:
         assert self._task is not None
         state = f"{_epsilon(epsilon)}  {examples_per_s:,.0f}/s{self._accuracy}"
@@ -120,12 +132,7 @@ def show_plan(console: Console, run: Run, folder: RunFolder) -> None:
         table.add_row(
             "privacy", "[bold red]NONE[/]: non-private method, no clipping, no noise, epsilon = inf"
         )
-    table.add_row(
-        "randomness",
-        "reproducible: whoever knows the seed can remove the noise"
-        if run.key.reproducible
-        else "operating system",
-    )
+    table.add_row("randomness", _randomness(run))
     table.add_row("device", f"{_device(run)}, {config.precision}{', compiled' if config.compile else ''}")
     table.add_row("run folder", escape(str(folder.path)))
     console.print(table)
@@ -154,22 +161,36 @@ def show_outcome(console: Console, outcome: Outcome) -> None:
     table.add_row("method", run.method)
     if run.is_private:
         table.add_section()
-        table.add_row("epsilon spent", f"[bold]{outcome.epsilon:.4g}[/] after {outcome.steps:,} steps")
+        table.add_row("epsilon spent", f"[bold]{outcome.epsilon:.4g}[/] for {_releases(outcome)}")
         for name, value in run.mechanism.describe(run.config.accountant).items():
             if name == "epsilon":
                 name = "epsilon of the whole run"
             table.add_row(name, value)
-        table.add_row(
-            "randomness",
-            "from --seed: reproducible" if run.key.reproducible else "operating system",
-        )
+        table.add_row("randomness", _randomness(run))
         table.add_row("covered by epsilon", "the saved weights and every value shown without a mark")
     else:
         table.add_row("privacy", "[bold red]none: epsilon = inf[/]")
     table.add_section()
     table.add_row("run folder", escape(str(outcome.folder.path)))
-    table.add_row("repeat with", escape(f"dptrain train --config {outcome.folder.path / CONFIG}"))
+    again = (
+        f"--resume {outcome.folder.path}"
+        if outcome.interrupted
+        else f"--config {outcome.folder.path / CONFIG}"
+    )
+    table.add_row("go on with" if outcome.interrupted else "repeat with", escape(f"dptrain train {again}"))
     console.print(table)
+
+
+def _randomness(run: Run) -> str:
+    if run.key.reproducible:
+        return "from --seed: reproducible; whoever knows the seed can remove the noise"
+    kept = "; while it runs, its key is kept outside the run folder" if run.config.restart == "replay" else ""
+    return f"operating system{kept}"
+
+
+def _releases(outcome: Outcome) -> str:
+    lost = outcome.releases - outcome.steps
+    return f"{outcome.steps:,} steps" + (f" and {lost:,} that were lost and drawn again" if lost else "")
 
 
 def _device(run: Run) -> str:

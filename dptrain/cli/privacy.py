@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from dptrain.core import budget
+from dptrain.core import accounting, budget
+from dptrain.core.ledger import Ledger, together
+from dptrain.training.run_folder import LEDGER
 
 BAD_INPUT_ERRORS: tuple[type[Exception], ...] = (ValueError, TypeError)
 __all__ = ["BAD_INPUT_ERRORS", "run"]
@@ -32,12 +36,14 @@ def _privacy(
     logical_batch_size: float | None = None,
     dataset_size: int | None = None,
     accountant: Literal["pld", "rdp"] = "pld",
+    ledger: tuple[Path, ...] = (),
     as_json: bool = False,
 ) -> int:
-    """Epsilon, noise multiplier or steps from the other two, without training.
+    """Epsilon, noise multiplier or steps from the other two, without training; or what ledgers have spent.
 
     Give two of --epsilon, --noise-multiplier and --steps (or --epochs), and either --sample-rate
-    or --logical-batch-size with --dataset-size.
+    or --logical-batch-size with --dataset-size. Or give --ledger, and nothing is assumed: epsilon
+    is that of the releases on record.
 
     Args:
         delta: The other half of the budget.
@@ -49,8 +55,14 @@ def _privacy(
         logical_batch_size: Expected number of examples per step.
         dataset_size: Number of training examples.
         accountant: pld (tight) or rdp.
+        ledger: Ledgers, or run folders that hold one; those of one data set are added up.
         as_json: Print JSON instead of a table.
     """
+    if ledger:
+        questions = (epsilon, noise_multiplier, steps, epochs, sample_rate, logical_batch_size, dataset_size)
+        if any(given is not None for given in questions):
+            raise ValueError("--ledger is answered from the record alone: give only --delta beside it.")
+        return _spent(ledger, delta, accountant, as_json)
     answer = budget.solve(
         delta=delta,
         epsilon=epsilon,
@@ -79,6 +91,38 @@ def _privacy(
     for name, value in described.items():
         table.add_row(name, value)
     Console().print(f"[bold]{_answer(answer)}[/]")
+    Console().print(table)
+    return 0
+
+
+def _spent(paths: Sequence[Path], delta: float, accountant: str, as_json: bool) -> int:
+    """What the releases on record cost, by data set."""
+    ledgers = [Ledger.read(path / LEDGER if path.is_dir() else path) for path in paths]
+    found = [
+        {
+            "dataset": dataset,
+            "epsilon": accounting.epsilon(segments, delta, neighbours, accountant),
+            "delta": delta,
+            "accountant": accountant,
+            "neighbours": neighbours,
+            "releases": sum(count for _, count in segments),
+            "ledgers": [str(ledger.path) for ledger in ledgers if ledger.dataset == dataset],
+        }
+        for dataset, (segments, neighbours) in together(ledgers).items()
+    ]
+    if as_json:
+        finite = [
+            row | {"epsilon": row["epsilon"] if row["epsilon"] < float("inf") else None} for row in found
+        ]
+        print(json.dumps(finite, indent=2))
+        return 0
+    table = Table(title="Spent, by the releases on record", title_justify="left", box=None, pad_edge=False)
+    for name in ("data set", "epsilon", "delta", "neighbouring relation", "releases", "ledgers"):
+        table.add_column(name, overflow="fold")
+    for row in found:
+        spent = f"{row['epsilon']:.4f}", f"{row['delta']:g}"
+        counts = f"{row['releases']:,}", str(len(row["ledgers"]))
+        table.add_row(escape(row["dataset"]), *spent, row["neighbours"], *counts)
     Console().print(table)
     return 0
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
-from collections.abc import Sequence
+import signal
+import threading
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import tyro
@@ -13,7 +16,7 @@ from dptrain.cli.display import RunDisplay, show_outcome
 from dptrain.cli.errors import BAD_INPUT_ERRORS
 from dptrain.recipes import RECIPES, recipe
 from dptrain.report import draw_curves
-from dptrain.training import ConfigError, TrainConfig, read_config, train
+from dptrain.training import ConfigError, RunFolder, TrainConfig, read_config, resume, train
 from dptrain.training.config import ALTERNATIVES
 from dptrain.training.run_folder import CURVES, METRICS
 
@@ -23,11 +26,11 @@ INTERRUPTED = 130
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Train as the flags say, over a recipe or a configuration file, over the defaults."""
-    config = parse(arguments)
+    """Train as the flags say, over a recipe, a configuration file or a saved run, over the defaults."""
+    config, saved = parse(arguments), resumed(arguments)
     console = Console()
-    with RunDisplay(console, config) as display:
-        outcome = train(config, display)
+    with _termination_as_interruption(), RunDisplay(console, config) as display:
+        outcome = train(config, display) if saved is None else resume(saved, config, display)
     folder = outcome.folder.path
     draw_curves(folder / METRICS, folder / CURVES)
     show_outcome(console, outcome)
@@ -36,34 +39,56 @@ def run(arguments: Sequence[str]) -> int:
 
 def parse(arguments: Sequence[str]) -> TrainConfig:
     """The configuration that the flags describe. Exits with code 2 on flags that don't parse."""
-    config_file, recipe_name, flags = _split_off_sources(arguments)
-    if config_file is not None and recipe_name is not None:
-        raise ConfigError("Give either --config or --recipe, not both.")
+    sources, flags = _split_off_sources(arguments)
+    given = [name for name in ("config", "recipe", "resume") if getattr(sources, name) is not None]
+    if len(given) > 1:
+        raise ConfigError(f"Give either --{given[0]} or --{given[1]}, not both.")
     base = TrainConfig()
-    if config_file is not None:
-        base = read_config(config_file)
-    if recipe_name is not None:
-        base = recipe(recipe_name)
+    if sources.config is not None:
+        base = read_config(sources.config)
+    if sources.recipe is not None:
+        base = recipe(sources.recipe)
+    if sources.resume is not None:
+        base = RunFolder(sources.resume).config
     return tyro.cli(
         TrainConfig,
         prog="dptrain train",
         description=(
             "Train a model with differential privacy. Every setting below may also come from "
             f"--config FILE (.json or .toml) or --recipe NAME ({', '.join(RECIPES)}); flags go "
-            "before both."
+            "before both. --resume RUN goes on with an unfinished run; only flags about the machine go "
+            "with it."
         ),
         args=flags,
         default=base.without_rivals_of(_given(flags)),
     )
 
 
-def _split_off_sources(arguments: Sequence[str]) -> tuple[Path | None, str | None, list[str]]:
-    """The values of --config and --recipe, and all other arguments."""
+def resumed(arguments: Sequence[str]) -> Path | None:
+    """The run that is to go on, if one is."""
+    return _split_off_sources(arguments)[0].resume
+
+
+def _split_off_sources(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
+    """The values of --config, --recipe and --resume, and all other arguments."""
     parser = ArgumentParser(prog="dptrain train", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--recipe")
-    known, flags = parser.parse_known_args(list(arguments))
-    return known.config, known.recipe, flags
+    parser.add_argument("--resume", type=Path)
+    return parser.parse_known_args(list(arguments))
+
+
+@contextmanager
+def _termination_as_interruption() -> Iterator[None]:
+    """Within, SIGTERM, which batch systems send before they kill, ends a run as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _given(arguments: Sequence[str]) -> set[str]:

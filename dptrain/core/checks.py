@@ -88,8 +88,8 @@ def one_of(name: str, value: Any, allowed: Iterable[str]) -> str:
     return str(value)
 
 
-def known_keys(what: str, data: Any, required: Iterable[str]) -> dict[str, Any]:
-    """`data` if it is a dictionary with exactly the keys in `required`.
+def known_keys(what: str, data: Any, required: Iterable[str], optional: Iterable[str] = ()) -> dict[str, Any]:
+    """`data` if it is a dictionary with the keys in `required`, maybe some in `optional`, and no others.
 
     Raises:
         TypeError: it is not a dictionary.
@@ -98,7 +98,7 @@ def known_keys(what: str, data: Any, required: Iterable[str]) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise TypeError(f"{what} must be a dictionary, but it is a {type(data).__name__}.")
     wanted = set(required)
-    unknown = sorted(str(key) for key in data.keys() - wanted)
+    unknown = sorted(str(key) for key in data.keys() - wanted - set(optional))
     if unknown:
         raise ValueError(
             f"{what} holds unknown keys ({', '.join(unknown)}); "

@@ -89,6 +89,10 @@ class Key:
         """256 derived bits, the key of a cipher whose keystream is as secret as this key."""
         return _hash(b"dptrain cipher", b"", key=self._secret)
 
+    def secret_hex(self) -> str:
+        """The secret itself, for `dptrain.core.key_file` and nothing else."""
+        return self._secret.hex()
+
     def __repr__(self) -> str:
         kind = "reproducible" if self._reproducible else "secret"
         return f"<Key, {kind}>"

@@ -1,6 +1,7 @@
 """`Mechanism`: the one description that clipping, noise, sampling and accounting read."""
 
 import bisect
+import dataclasses
 import importlib.metadata
 import itertools
 import math
@@ -11,7 +12,7 @@ from typing import Any
 
 import dp_accounting
 
-from dptrain.core import accounting, calibration, checks
+from dptrain.core import accounting, calibration, checks, grid
 from dptrain.core.accounting import ADD_OR_REMOVE_ONE, PLD, RDP, Segments
 from dptrain.core.spec import POISSON, StepSpec, flat_step
 
@@ -175,6 +176,19 @@ class Mechanism:
         )
         return cls(((step, steps),), neighbours, delta)
 
+    def hardened(self) -> "Mechanism":
+        """The same mechanism with integer sums and exactly rounded noise in every step, at the same ε.
+
+        Its steps have a grid (see `dptrain.core.grid`), which clipping and noise have to follow.
+
+        Raises:
+            ValueError: a step has no noise, or one has 128 times as much as another.
+        """
+        specs = [spec for spec, _ in self.segments]
+        spacing = grid.spacing(min(s.noise_stddev for s in specs), max(s.sensitivity for s in specs))
+        segments = tuple((dataclasses.replace(spec, grid=spacing), count) for spec, count in self.segments)
+        return Mechanism(segments, self.neighbours, self.delta)
+
     # Reading it
 
     @cached_property
@@ -223,6 +237,11 @@ class Mechanism:
     def expected_batch_size(self) -> float:
         """L of a constant mechanism, in examples."""
         return self._constant("expected_batch_size").expected_batch_size
+
+    @property
+    def grid(self) -> float | None:
+        """The spacing of a hardened, constant mechanism's grid; None of an ordinary one's."""
+        return self._constant("grid").grid
 
     @property
     def sampler(self) -> str:
@@ -362,6 +381,8 @@ class Mechanism:
             "noise stddev on the sum": self._list(lambda s: f"{s.noise_stddev:.6g}"),
             "noise stddev on the mean": self._list(lambda s: f"{s.noise_stddev / s.expected_batch_size:.4g}"),
         }
+        if any(spec.grid is not None for spec, _ in self.segments):
+            described["integer grid"] = self._list(lambda s: f"{s.grid:g}" if s.grid else "none")
         return described
 
     def _list(self, text: Any) -> str:

@@ -17,13 +17,16 @@ class Step:
     epsilon: float | None
 
 
-def step_to_release(mechanism: Mechanism | StepSpec, clip_norm: float) -> StepSpec:
+def step_to_release(mechanism: Mechanism | StepSpec, clip_norm: float, grid: float | None = None) -> StepSpec:
     """The step that may release a sum whose parts were clipped to `clip_norm` (infinite: not clipped).
+
+    Args:
+        grid: the spacing of the grid that the sum lies on; None if on none.
 
     Raises:
         TypeError: neither a mechanism nor one of its steps.
-        ValueError: the mechanism changes from step to step, accounts for another clip norm, or would make
-            a sum private that was not clipped.
+        ValueError: the mechanism changes from step to step, accounts for another clip norm or grid, or would
+            make a sum private that was not clipped.
     """
     spec = mechanism.step(0) if isinstance(mechanism, Mechanism) else mechanism
     if not isinstance(spec, StepSpec):
@@ -35,6 +38,12 @@ def step_to_release(mechanism: Mechanism | StepSpec, clip_norm: float) -> StepSp
         raise ValueError(
             f"the sum was clipped to {clip_norm}, but the mechanism accounts for {spec.sensitivity}: use the "
             "mechanism's clip norm in clipped_grad."
+        )
+    if grid != spec.grid:
+        said = ["no grid" if spacing is None else f"a grid of {spacing:g}" for spacing in (grid, spec.grid)]
+        raise ValueError(
+            f"the sum lies on {said[0]}, but the mechanism has {said[1]}: use the mechanism's grid in "
+            "clipped_grad."
         )
     if not bounded and spec.noise_multiplier > 0:
         raise ValueError("a sum that was not clipped cannot be made private by noise.")

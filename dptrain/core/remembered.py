@@ -6,7 +6,14 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
+
+Consulted = dict[str, dict[str, float]]
+"""Numbers by name, by the file that they are kept in."""
+
+_recalled: ContextVar[Consulted | None] = ContextVar("recalled", default=None)
 
 
 class Remembered:
@@ -16,8 +23,9 @@ class Remembered:
         known: all that has been measured; add to it and call `save`.
     """
 
-    def __init__(self, path: Path | None):
-        self.known: dict[str, float] = _read(path)
+    def __init__(self, path: Path | None, consulted: dict[str, float] | None = None):
+        found = _read(path)
+        self.known = found if consulted is None else _Noted(found | consulted, consulted)
         self._path, self._saved = path, len(self.known)
 
     def save(self) -> None:
@@ -38,15 +46,44 @@ def remembered(kind: str, machine: str) -> Remembered:
     The file lies in ``$XDG_CACHE_HOME/dptrain`` (``~/.cache``); ``DPTRAIN_CACHE`` names another folder,
     or nothing to remember nothing.
     """
+    name = f"{kind}-{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json"
+    recalled = _recalled.get()
+    consulted = None if recalled is None else recalled.setdefault(name, {})
     folder = os.environ.get("DPTRAIN_CACHE")
     if folder == "":
-        return Remembered(None)
+        return Remembered(None, consulted)
     root = (
         Path(folder)
         if folder
         else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dptrain"
     )
-    return Remembered(root / f"{kind}-{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json")
+    return Remembered(root / name, consulted)
+
+
+@contextlib.contextmanager
+def recalling(consulted: Consulted) -> Iterator[None]:
+    """Within, what `consulted` holds is known, and all that is asked for is added to it.
+
+    What is decided by measurements is decided the same way by whoever recalls them: a resumed run plans as
+    it did before it was interrupted.
+    """
+    token = _recalled.set(consulted)
+    try:
+        yield
+    finally:
+        _recalled.reset(token)
+
+
+class _Noted(dict[str, float]):
+    """Numbers, and in ``consulted`` those that have been asked for."""
+
+    def __init__(self, known: dict[str, float], consulted: dict[str, float]):
+        super().__init__(known)
+        self._consulted = consulted
+
+    def __getitem__(self, name: str) -> float:
+        value = self._consulted[name] = super().__getitem__(name)
+        return value
 
 
 def processor() -> str:

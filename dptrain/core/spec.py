@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from dptrain.core import checks, clip_rules
+from dptrain.core import checks, clip_rules, grid, rounded_gaussian
 from dptrain.core.clip_rules import ClipRule, Flat
 
 POISSON = "poisson"
@@ -106,15 +106,19 @@ class StepSpec:
         sampling: how the logical batch is drawn.
         expected_batch_size: L, the public number that the noisy sum is divided by, in
             examples. Never the realised batch size, which is private.
+        grid: the spacing, a power of two in units of the gradient, of the integer grid on which hardened
+            steps sum and add rounded noise (`dptrain.core.grid`); None for ordinary ones.
 
     Raises:
-        TypeError, ValueError: a quantity is not a number or out of its range.
+        TypeError, ValueError: a quantity is not a number or out of its range, or the grid does not suit
+            the noise.
     """
 
     clip_rule: ClipRule
     noise_multiplier: float
     sampling: Sampling
     expected_batch_size: float
+    grid: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.clip_rule, ClipRule):
@@ -134,6 +138,9 @@ class StepSpec:
             "expected_batch_size",
             checks.positive("expected_batch_size", self.expected_batch_size),
         )
+        if self.grid is not None:
+            object.__setattr__(self, "grid", grid.checked(self.grid, self.sensitivity))
+            rounded_gaussian.check_stddev(grid.in_spacings(self.noise_stddev, self.grid))
 
     @property
     def clip_norm(self) -> float:
@@ -170,24 +177,26 @@ class StepSpec:
         return self.sampling.sampler
 
     def to_dict(self) -> dict[str, Any]:
-        """This step as JSON-able data."""
-        return {
+        """This step as JSON-able data: an ordinary one's has no grid, as it was before there were any."""
+        data = {
             "clip_rule": clip_rules.to_dict(self.clip_rule),
             "noise_multiplier": self.noise_multiplier,
             "sampling": self.sampling.to_dict(),
             "expected_batch_size": self.expected_batch_size,
         }
+        return data if self.grid is None else data | {"grid": self.grid}
 
     @classmethod
     def from_dict(cls, data: Any) -> "StepSpec":
         """The step that `to_dict` described; unknown keys are refused."""
         keys = ("clip_rule", "noise_multiplier", "sampling", "expected_batch_size")
-        checks.known_keys("a step", data, keys)
+        checks.known_keys("a step", data, keys, optional=("grid",))
         return cls(
             clip_rule=clip_rules.from_dict(data["clip_rule"]),
             noise_multiplier=data["noise_multiplier"],
             sampling=Sampling.from_dict(data["sampling"]),
             expected_batch_size=data["expected_batch_size"],
+            grid=data.get("grid"),
         )
 
 

@@ -42,7 +42,7 @@ def vectorised(clip_norm: float) -> Callable:
         (losses, aux), gradients = jax.vmap(gradient, (None, 0))(call.parameters, call.data)
         gradients = [_wide(g) for g in gradients]
         squared = sum_of_squares(gradients, 1).astype(norm_type(call.parameters))
-        factors = clip_factors(squared, mask, clip_norm)
+        factors = clip_factors(squared, mask, clip_norm, call.parameters, 0)
 
         def together() -> tuple:
             return [weighted_sum(factors, g) for g in gradients], jnp.sqrt(squared), losses, aux
@@ -76,7 +76,7 @@ def looped(clip_norm: float) -> Callable:
             (loss, aux), grads = gradient(call.parameters, example)
             grads = [_wide(g) for g in grads]
             squared = sum_of_squares(grads).astype(norm_type(call.parameters))
-            factor = clip_factors(squared, here, clip_norm)
+            factor = clip_factors(squared, here, clip_norm, call.parameters, 0)
             sums = [s + jnp.where(factor > 0, factor.astype(g.dtype) * g, 0) for s, g in zip(sums, grads)]
             return sums, (jnp.sqrt(squared), loss, aux)
 

@@ -37,7 +37,8 @@ class ByUses:
         captured = self.capture(values, call.data)
         books = Bookkeeping(self.plan.parts, captured, call.parameters, inputs)
         squared = books.squared_norms().astype(norm_type(call.parameters))
-        factors = clip_factors(squared, mask, self.clip_norm)
+        parts = sum(len(part.uses) + len(part.group.values) + 1 for part in self.plan.parts)
+        factors = clip_factors(squared, mask, self.clip_norm, call.parameters, parts)
         if self.plan.second_backward:
             # Behind a barrier, or the compiler would find that it has all this already.
             again, factors = lax.optimization_barrier((call.data, factors))

@@ -7,11 +7,27 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax import Array, lax
 
+from dptrain.core import clipping_error
+from dptrain.core.clipping_error import BLOCK
 
-def clip_factors(squared: Array, mask: Array, clip_norm: float) -> Array:
-    """``min(1, C / norm)`` from squared norms; 0 where masked, or where the gradient is not finite."""
+
+def clip_factors(
+    squared: Array, mask: Array, clip_norm: float, parameters: Sequence[Array], parts: int
+) -> Array:
+    """``min(1, C / norm)``, a hair less so that rounding never lets a norm exceed C (how much a hair is:
+    ``core/clipping_error.py``); 0 where masked, or where the gradient is not finite.
+
+    Args:
+        squared: squared norms over all parameters, by ``sum_of_squares``.
+        parts: in which they were taken, besides the parameters.
+    """
     norm = jnp.sqrt(squared)
-    factor = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
+    elements = sum(p.size for p in parameters)
+    narrowest = min(jnp.dtype(norm_type([p])).name for p in parameters)  # "float32" < "float64"
+    margin = clipping_error.margin(
+        narrowest, elements, len(parameters) + parts, clip_norm, clipping_error.LEVELS
+    )
+    factor = jnp.minimum(1.0, clip_norm * margin / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
     return jnp.where(mask & jnp.isfinite(squared), factor, 0.0)
 
 
@@ -21,8 +37,23 @@ def norm_type(parameters: Sequence[Array]) -> jnp.dtype:
 
 
 def sum_of_squares(gradients: Sequence[Array], first: int = 0) -> Array:
-    """Over all axes from ``first`` on, and over the arrays."""
-    return sum(jnp.sum(jnp.square(g), tuple(range(first, g.ndim))) for g in gradients)  # type: ignore
+    """Over all axes from ``first`` on, and over the arrays.
+
+    By blocks, and those by blocks: how XLA adds up a long axis is its own affair, and one square after the
+    other, in float32, the sum of millions of them would swallow the small ones.
+    """
+    return sum(_by_levels(jnp.square(g).reshape(*g.shape[:first], -1)) for g in gradients)  # type: ignore
+
+
+def _by_levels(x: Array) -> Array:
+    """The sum over the last axis."""
+    while (size := x.shape[-1]) > BLOCK:
+        whole = size - size % BLOCK
+        sums = jnp.sum(x[..., :whole].reshape(*x.shape[:-1], -1, BLOCK), -1)
+        if whole < size:
+            sums = jnp.concatenate([sums, jnp.sum(x[..., whole:], -1, keepdims=True)], -1)
+        x = lax.optimization_barrier(sums)  # or the compiler might add them all up in one go
+    return jnp.sum(x, -1)
 
 
 def weighted_sum(factors: Array, gradients: Array) -> Array:

@@ -45,11 +45,12 @@ def squared_norms(rows: Array, cols: Array) -> tuple[Array, Array]:
     r2, c2 = (jnp.sum(jnp.square(x), 3) for x in (rows, cols))  # [B, E, T]
     if positions == 1:
         squared = jnp.sum(r2 * c2, (1, 2))
-        bound = _gamma(rows.shape[3] + cols.shape[3] + groups, dtype) * squared
+        bound = SLACK * _gamma(rows.shape[3] + cols.shape[3] + groups, dtype) * squared
         return squared, bound + _underflow(rows, cols, r2, c2)
     rr, cc = products(rows), products(cols)
     squared, rr2, cc2 = _total(rr * cc), _total(rr * rr), _total(cc * cc)
-    rr, cc = jnp.sqrt(rr2), jnp.sqrt(cc2)
+    vanished = groups * positions**2 * jnp.finfo(dtype).tiny  # squares of entries
+    rr, cc = jnp.sqrt(rr2 + vanished), jnp.sqrt(cc2 + vanished)
     bound = _chunked_gamma(rows.shape[3], dtype) * jnp.sum(r2, (1, 2)) * cc
     bound += _chunked_gamma(cols.shape[3], dtype) * jnp.sum(c2, (1, 2)) * rr
     bound += _gamma(2 * positions + groups + 8, dtype) * rr * cc

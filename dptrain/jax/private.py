@@ -16,7 +16,7 @@ from dptrain.core.sampling import LogicalSampler, PhysicalBatch, physical_batche
 
 from .accumulate import Accumulator
 from .clipping import clipped_grad
-from .release import PrivateGradient, private, privatize
+from .release import PrivateGradient, private, privatize, refuse_grid
 
 
 class PrivateTraining:
@@ -141,6 +141,7 @@ def make_private(
     sizes = {len(x) for x in jax.tree.leaves(dataset)} if is_tree_of_arrays(dataset) else {len(dataset)}
     if len(sizes) != 1:
         raise ValueError(f"the arrays of the data set hold different numbers of examples: {sorted(sizes)}.")
+    refuse_grid(mechanism)
     check_dataset_size(mechanism, sizes.pop())
     if not isinstance(physical_batch_size, int) or physical_batch_size < 1:
         raise ValueError(f"physical_batch_size must be a positive integer, not {physical_batch_size!r}.")

@@ -77,7 +77,7 @@ def privatize(
 
     Raises:
         TypeError: not a clipped sum, a mechanism or a key; or it is called inside of ``jax.jit``.
-        ValueError: the sum was clipped to another norm than the mechanism says.
+        ValueError: the sum was clipped to another norm than the mechanism says, or the mechanism is hardened.
     """
     if not isinstance(clipped_sum, ClippedSum):
         raise TypeError(f"privatize takes a ClippedSum, and was given {type(clipped_sum).__name__}.")
@@ -88,9 +88,20 @@ def privatize(
             "privatize takes its key from the host, and a compiled function would draw the same noise each "
             "time: call it outside of jax.jit."
         )
+    refuse_grid(mechanism)
     spec = step_to_release(mechanism, clipped_sum.clip_norm)
     mean = noisy_mean(clipped_sum.grads, spec.noise_stddev, spec.expected_batch_size, key, donate)
     return PrivateGradient(mean, spec, key.reproducible, _DOOR)
+
+
+def refuse_grid(mechanism: Mechanism | StepSpec) -> None:
+    """Raises ValueError: the mechanism is hardened."""
+    steps = [spec for spec, _ in mechanism.segments] if isinstance(mechanism, Mechanism) else [mechanism]
+    if any(isinstance(spec, StepSpec) and spec.grid is not None for spec in steps):
+        raise ValueError(
+            "JAX's sums are in floating point, and this mechanism's on an integer grid: use one that is not "
+            "hardened, or dptrain.torch."
+        )
 
 
 def private(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

@@ -57,12 +57,12 @@ def fastest(ways: dict[str, Callable], shapes: Sequence, name: str, budget: int 
 def _known(memory: Remembered, name: str, function: Callable, shapes: Sequence) -> tuple[float, float]:
     """Bytes and seconds, from memory where they are remembered."""
     size, seconds = f"{name} bytes", f"{name} seconds"
-    if size in memory.known and seconds in memory.known:
-        return memory.known[size], memory.known[seconds]
-    measured = _measured(function, shapes)
-    if math.isfinite(measured[1]):  # what does not fit the device today may fit it tomorrow
+    if size not in memory.known or seconds not in memory.known:
+        measured = _measured(function, shapes)
+        if not math.isfinite(measured[1]):  # what does not fit the device today may fit it tomorrow
+            return measured
         memory.known[size], memory.known[seconds] = measured
-    return measured
+    return memory.known[size], memory.known[seconds]
 
 
 def _measured(function: Callable, shapes: Sequence) -> tuple[float, float]:

@@ -24,6 +24,7 @@ from jax import Array, lax
 from dptrain.core.cost import UseShape
 
 from . import versions
+from .factors import sum_of_squares
 from .program import Operation
 
 #: sums of products that must be as exact as their type: without TF32 or bfloat16 passes
@@ -271,7 +272,7 @@ class Table(Rule):
         new = jnp.concatenate([jnp.zeros(1, int), (rows[1:] != rows[:-1]).astype(int)])
         g = jnp.where((rows >= 0)[:, None], g, 0)
         sums = jax.ops.segment_sum(g, jnp.cumsum(new), len(rows), indices_are_sorted=True)
-        return jnp.sum(jnp.square(sums))
+        return sum_of_squares([sums])
 
 
 @dataclass(frozen=True)

@@ -10,22 +10,23 @@ from torch.utils._pytree import tree_map
 
 from dptrain.core.methods import Capture, Method
 
-from .bookkeeping import clip_factors
+from .bookkeeping import clip_factors, total_of
 from .clipped_sum import owned
 from .errors import Refused, is_final
 from .full_precision import full_precision
 from .guards import check_losses
-from .uses.base import weighted_sum, widen
+from .on_grid import GridSums
+from .uses.base import squared_norm, weighted_sum, widen
 
 Result = tuple[dict[str, Tensor], Tensor, Tensor]  # grads, norms [B], losses [B]
 
 
-def run(method: Method, model, loss_fn, parameters, batch, mask, batch_size, clip_norm) -> Result:
-    """Dispatch; all return sums over the examples in ``mask``."""
+def run(method: Method, model, loss_fn, parameters, batch, mask, batch_size, clip_norm, grid=None) -> Result:
+    """Dispatch; all return sums over the examples in ``mask``, on the grid if there is one."""
     if method.capture is Capture.LOOP:
-        return one_by_one(model, loss_fn, parameters, batch, mask, batch_size, clip_norm)
+        return one_by_one(model, loss_fn, parameters, batch, mask, batch_size, clip_norm, grid)
     if method.capture is Capture.VMAP:
-        return vectorised(model, loss_fn, parameters, batch, mask, batch_size, clip_norm)
+        return vectorised(model, loss_fn, parameters, batch, mask, batch_size, clip_norm, grid)
     return non_private(model, loss_fn, parameters, batch, mask, batch_size)
 
 
@@ -33,30 +34,44 @@ def _rows(batch: Any, start: int, stop: int) -> Any:
     return tree_map(lambda t: t[start:stop] if isinstance(t, Tensor) else t, batch)
 
 
-def one_by_one(model, loss_fn, parameters, batch, mask, batch_size, clip_norm) -> Result:
+def one_by_one(model, loss_fn, parameters, batch, mask, batch_size, clip_norm, grid=None) -> Result:
     """Physical batches of one: memory of a single gradient, and correct for any model."""
     leaves = list(parameters.values())
-    total = [torch.zeros_like(widen(p.detach())) for p in leaves]
+    on_grid = None if grid is None else GridSums(parameters, clip_norm, grid)
+    total = {n: torch.zeros_like(widen(p.detach())) for n, p in parameters.items()} if grid is None else {}
     norms, losses = [], []
     for b in range(batch_size):
         with torch.enable_grad():
             loss = loss_fn(model, _rows(batch, b, b + 1))
         check_losses(loss, 1)
-        grads = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
-        squared = sum(widen(g).square().sum() for g in grads if g is not None)
-        squared = torch.as_tensor(squared, device=loss.device)
-        factor = clip_factors(squared, clip_norm)
-        use = (mask is None or bool(mask[b])) and bool(squared.isfinite() & loss.isfinite().all())
-        if use:
-            for t, g in zip(total, grads):
-                if g is not None:
-                    t.add_(widen(g) * factor)
-        norms.append(squared.sqrt())
+        found = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
+        grads = {name: g.unsqueeze(0) for name, g in zip(parameters, found) if g is not None}
+        squared = _squared_norms(grads, 1, loss)
+        here = torch.as_tensor(mask is None or bool(mask[b]), device=loss.device)
+        use = here & squared.isfinite() & loss.isfinite().all()
+        if on_grid is not None:
+            on_grid.add(grads, _factors(squared, on_grid.aim, leaves), use)
+        elif bool(use):
+            factor = _factors(squared, clip_norm, leaves).squeeze(0)
+            for name, g in grads.items():
+                total[name].add_(widen(g.squeeze(0)) * factor)
+        norms.append(squared.sqrt().squeeze(0))
         losses.append(loss.detach().squeeze(0))
-    return dict(zip(parameters, total)), *_masked(torch.stack(norms), torch.stack(losses), mask)
+    sums = total if on_grid is None else on_grid.sums
+    return sums, *_masked(torch.stack(norms), torch.stack(losses), mask)
 
 
-def vectorised(model, loss_fn, parameters, batch, mask, batch_size, clip_norm) -> Result:
+def _squared_norms(gradients: dict[str, Tensor], batch_size: int, loss: Tensor) -> Tensor:
+    """``[B]`` over all parameters, of ``[B, *parameter]`` each."""
+    parts = [squared_norm(g) for g in gradients.values()]
+    return total_of(parts) if parts else torch.zeros(batch_size, device=loss.device)
+
+
+def _factors(squared: Tensor, clip_norm: float, leaves: list[Tensor]) -> Tensor:
+    return clip_factors(squared, clip_norm, sum(p.numel() for p in leaves), len(leaves))
+
+
+def vectorised(model, loss_fn, parameters, batch, mask, batch_size, clip_norm, grid=None) -> Result:
     """``vmap(grad)`` of the loss of one example, as functorch users write it."""
     wrapper = _Loss(model, loss_fn)
     frozen = {f"model.{n}": p.detach() for n, p in model.named_parameters() if not p.requires_grad}
@@ -81,19 +96,25 @@ def vectorised(model, loss_fn, parameters, batch, mask, batch_size, clip_norm) -
             f"per-example-vmap cannot transform this model ({error}): use method='auto'."
         ) from error
     with full_precision(losses.device):
-        return _clipped(parameters, grads, losses, mask, batch_size, clip_norm)
+        grads = {name.removeprefix("model."): g for name, g in grads.items()}
+        return _clipped(parameters, grads, losses, mask, batch_size, clip_norm, grid)
 
 
-def _clipped(parameters, grads, losses, mask, batch_size, clip_norm) -> Result:
-    squared = sum(widen(g).reshape(batch_size, -1).square().sum(1) for g in grads.values())
+def _clipped(parameters, grads, losses, mask, batch_size, clip_norm, grid) -> Result:
+    squared = _squared_norms(grads, batch_size, losses)
     included = squared.isfinite() & losses.isfinite()
     if mask is not None:
         included = included & mask
-    factors = torch.where(included, clip_factors(squared, clip_norm), 0.0)
+    leaves = list(parameters.values())
+    if grid is not None:
+        on_grid = GridSums(parameters, clip_norm, grid)
+        on_grid.add(grads, _factors(squared, on_grid.aim, leaves), included)
+        return on_grid.sums, *_masked(squared.sqrt(), losses.detach(), mask)
+    factors = torch.where(included, _factors(squared, clip_norm, leaves), 0.0)
     sums = {}
     for name, g in grads.items():
         keep = included.reshape(-1, *[1] * (g.dim() - 1))
-        sums[name.removeprefix("model.")] = weighted_sum(torch.where(keep, widen(g), 0.0), factors)
+        sums[name] = weighted_sum(torch.where(keep, widen(g), 0.0), factors)
     return sums, *_masked(squared.sqrt(), losses.detach(), mask)
 
 

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from . import routing
-from .bookkeeping import Bookkeeping, clip_factors
+from .bookkeeping import Bookkeeping
 from .capture import Capture, ignore
 from .clipped_sum import ClippedSum, owned
 from .guards import backward, check_buffers, check_losses, parameters_untouched
+from .on_grid import GridSums
 from .planner import Plan, make_plan
 from .pullback import group_uses
 from .sections import section
@@ -94,15 +95,21 @@ def _clipped_sum(
     finite = squared.isfinite() & losses.detach().isfinite()
     everything_finite = bool(finite.all())  # masked rows too: one that overflowed must be zeroed
     included = finite if mask is None else finite & mask
-    factors = torch.where(included, clip_factors(squared, task.clip_norm), 0.0)
-    books.factors, books.included = factors, None if everything_finite else included
     keep = torch.ones_like(included) if mask is None else mask
     norms, values = torch.where(keep, squared.sqrt(), 0.0), torch.where(keep, losses.detach(), 0.0)
     with section("clip and accumulate"), _adding_to(into, books):
-        grads = _sums(plan, books, capture, total, parameters)
+        if plan.grid is None:
+            factors = torch.where(included, books.clip_factors(squared, task.clip_norm), 0.0)
+            books.factors, books.included = factors, None if everything_finite else included
+            grads = _sums(plan, books, capture, total, parameters)
+        else:
+            on_grid = GridSums(parameters, task.clip_norm, plan.grid, into and into.grads)
+            factors = books.clip_factors(squared, on_grid.aim)
+            on_grid.add(dict(books.leaf_gradients), factors, included)
+            grads = on_grid.sums
     if into is not None:
         return into.extended(norms, values)
-    return ClippedSum(owned(grads), norms, values, task.clip_norm)
+    return ClippedSum(owned(grads), norms, values, task.clip_norm, plan.grid)
 
 
 def _within(name: str, sink: Callable[..., None]) -> Callable[..., None]:
@@ -171,4 +178,7 @@ def _settled(plan: Plan, capture: Capture, losses, mask, parameters, batch_size:
         return plan
     groups = tuple(group_uses(capture.uses, capture.names, parameters))
     findings = dataclasses.replace(plan.findings, uses=facts, groups=groups)
-    return make_plan(plan.method, findings, batch_size, losses.device, plan.options)
+    if plan.grid is not None:
+        findings = findings.at_leaves()
+    made = make_plan(plan.method, findings, batch_size, losses.device, plan.options)
+    return dataclasses.replace(made, grid=plan.grid)

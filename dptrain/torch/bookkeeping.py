@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dptrain.core import clipping_error
+
 from . import standardised
 from .capture import Capture, Use
 from .errors import Changed, Misfit, Unforeseen
@@ -53,14 +55,21 @@ def in_full_precision(method):
     return wrapped
 
 
-def clip_factors(squared: Tensor, clip_norm: float) -> Tensor:
+def clip_factors(squared: Tensor, clip_norm: float, elements: int, parts: int) -> Tensor:
     """``min(1, C / ||g_b||)``, a hair less so that rounding never lets a norm exceed C.
 
-    Zero where the norm is not finite (rule 5). Float32 or better (rule 7).
+    Zero where the norm is not finite (rule 5). Float32 or better (rule 7). How much a hair is:
+    ``core/clipping_error.py``.
+
+    Args:
+        squared: ``[B]`` or ``[]``, squared norms by ``squared_norm`` and ``total_of``.
+        elements: of a gradient.
+        parts: of which its squared norm is the sum.
     """
     norms = squared.sqrt()
-    shade = 1 - 8 * torch.finfo(squared.dtype).eps
-    factors = (clip_norm * shade / norms).clamp(max=1)
+    dtype = str(squared.dtype).removeprefix("torch.")
+    margin = clipping_error.margin(dtype, elements, parts, clip_norm, clipping_error.BLOCKS)
+    factors = (clip_norm * margin / norms).clamp(max=1)
     return torch.where(norms.isfinite(), factors, torch.zeros_like(factors))
 
 
@@ -69,6 +78,13 @@ def _stacked(rows: list[Tensor]) -> Tensor:
     if any(row.dtype != rows[0].dtype for row in rows):
         rows = [row.double() for row in rows]
     return torch.stack(rows)
+
+
+def total_of(parts: list[Tensor]) -> Tensor:
+    """Their sum ``[B]``, added up in float64, in the narrowest of their types: it is as exact as that."""
+    narrow = any(part.dtype != torch.float64 for part in parts)
+    whole = _stacked(parts).sum(0, dtype=torch.float64)
+    return whole.float() if narrow else whole
 
 
 class Bookkeeping:
@@ -191,7 +207,7 @@ class Bookkeeping:
             for i in doubtful.any(1).nonzero().flatten().tolist():
                 plain = self.bounded[i].plainly().to(padded.dtype)
                 padded[i] = torch.where(doubtful[i], plain, padded[i])
-        self.parts.append(padded.sum(0))
+        self.parts.append(padded.sum(0, dtype=torch.float64).to(padded.dtype))
         self.bounded.clear()
 
     @in_full_precision
@@ -223,7 +239,13 @@ class Bookkeeping:
         if not self.parts:
             some = next(iter(self.parameters.values()))
             return torch.zeros(self.batch_size, dtype=widen(some).dtype, device=some.device)
-        return _stacked(self.parts).sum(0)
+        return total_of(self.parts)
+
+    def clip_factors(self, squared: Tensor, clip_norm: float) -> Tensor:
+        """``clip_factors`` of squared norms over all parameters."""
+        elements = sum(p.numel() for p in self.parameters.values())
+        parts = len(self.plan.findings.uses) + len(self.parameters)
+        return clip_factors(squared, clip_norm, elements, parts)
 
     # ---------------------------------------------------------------- the clipped sum
 

@@ -15,24 +15,30 @@ class ClippedSum:
 
     Attributes:
         grads: by parameter name, the sum over examples of clipped gradients, shaped like the
-            parameter, in float32 or better.
+            parameter, in float32 or better; on a grid, in int64 and units of its spacing.
         norms: ``[B]``, per-example norms before clipping, 0 where masked. Unprotected.
         losses: ``[B]``, per-example losses, 0 where masked. Unprotected.
         clip_norm: C, the bound on each example's part; infinite for the non-private method.
+        grid: the spacing of the integer grid of hardened steps; None for ordinary ones.
     """
 
     grads: dict[str, Tensor]
     norms: Tensor
     losses: Tensor
     clip_norm: float
+    grid: float | None = None
+
+    def _is_like(self, other: ClippedSum) -> bool:
+        alike = (self.clip_norm, self.grid) == (other.clip_norm, other.grid)
+        return alike and self.grads.keys() == other.grads.keys()
 
     def __add__(self, other: ClippedSum) -> ClippedSum:
-        """Accumulate physical batches. Only sums of the same parameters and clip norm add."""
+        """Accumulate physical batches. Only sums of the same parameters, clip norm and grid add."""
         if not isinstance(other, ClippedSum):
             return NotImplemented
-        if self.clip_norm != other.clip_norm or self.grads.keys() != other.grads.keys():
+        if not self._is_like(other):
             raise ValueError(
-                "these clipped sums have different clip norms or parameters: accumulate only "
+                "these clipped sums have different clip norms, grids or parameters: accumulate only "
                 "batches of one logical step."
             )
         return ClippedSum(
@@ -40,12 +46,12 @@ class ClippedSum:
             torch.cat([self.norms, other.norms]),
             torch.cat([self.losses, other.losses]),
             self.clip_norm,
+            self.grid,
         )
 
     def add_(self, other: ClippedSum) -> ClippedSum:
         """Accumulate in place: the buffers of ``self`` are reused and returned."""
-        whole = self.clip_norm == other.clip_norm and self.grads.keys() == other.grads.keys()
-        if not whole:
+        if not self._is_like(other):
             return self + other
         mine = list(self.grads.values())
         if mine:
@@ -59,6 +65,7 @@ class ClippedSum:
             torch.cat([self.norms, norms]),
             torch.cat([self.losses, losses]),
             self.clip_norm,
+            self.grid,
         )
 
     def spoil(self) -> None:

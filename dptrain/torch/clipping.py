@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from dptrain.core import methods
+from dptrain.core.grid import checked as checked_grid
 from dptrain.core.methods import Method
 
-from . import baselines
+from . import baselines, on_grid
 from .batch import clip_batch, replace_rows
 from .clipped_sum import ClippedSum
 from .compile import Compiler
@@ -47,6 +48,7 @@ def clipped_grad(
     memory_budget: int | None = None,
     routes: Mapping[str, str] | None = None,
     compile: bool = False,
+    grid: float | None = None,
 ) -> ClippedGrad:
     """A function from a physical batch to the sum of its clipped per-example gradients.
 
@@ -65,17 +67,34 @@ def clipped_grad(
             what is fastest: "materialise+reuse", "materialise+contract" or "gram+contract".
         compile: make one graph of the whole step and compile it with Inductor, once per input
             signature; a model for which that cannot be done runs uncompiled, after a warning.
+        grid: the spacing of a hardened mechanism's grid (``Mechanism.grid``): each clipped gradient is
+            rounded to it, towards zero, and they are summed in integers. For methods that form and keep the
+            gradient of each example; ``auto`` is then "per-example".
 
     Raises:
-        ValueError: a clip norm below 1e-12 or not finite, an unknown method, or options of ``auto``
-            that it or another method cannot follow.
+        ValueError: a clip norm below 1e-12 or not finite, an unknown method, options of ``auto`` that it or
+            another method cannot follow, or a method that cannot sum on a grid.
     """
     row = methods.resolve(method)
     clip_norm = float(clip_norm)
     if not 1e-12 <= clip_norm < float("inf"):  # below, squares of float32 vanish
         raise ValueError(f"clip_norm must be at least 1e-12 and finite, and is {clip_norm}.")
     options = _options(row, memory_budget, routes)
-    return ClippedGrad(model, loss_fn, clip_norm, row, allow_unused, options, compile)
+    if grid is not None:
+        grid, row = checked_grid(grid, clip_norm), _on_a_grid(row, options)
+    return ClippedGrad(model, loss_fn, clip_norm, row, allow_unused, options, compile, grid)
+
+
+def _on_a_grid(method: Method, options: Options) -> Method:
+    """The method that sums on a grid in place of this one."""
+    if method.capture is methods.Capture.PLANNED and options == Options():
+        return methods.resolve("per-example")
+    if method.sum not in (methods.Sum.REUSE, methods.Sum.RUNNING_SUM):
+        raise ValueError(
+            f"method {method.name!r} does not keep the gradient of each example, which a grid needs: use "
+            "'per-example', 'per-example-vmap' or 'per-example-loop', without options of 'auto'."
+        )
+    return method
 
 
 def _options(method: Method, memory_budget: int | None, routes: Mapping[str, str] | None) -> Options:
@@ -101,18 +120,18 @@ class ClippedGrad:
         allow_unused: bool,
         options: Options | None = None,
         compile: bool = False,
+        grid: float | None = None,
     ):
         self.model, self.loss_fn = model, loss_fn
         self.clip_norm, self.method, self.allow_unused = clip_norm, method, allow_unused
-        self.options = options or Options()
+        self.options, self.grid = options or Options(), grid
         self.plans: dict[Any, Plan] = {}
         self._workspace = Workspace()
         self.compiler = Compiler(model, loss_fn) if compile else None
-        if compile and method.capture in (methods.Capture.VMAP, methods.Capture.LOOP):
+        if compile and (grid is not None or method.capture in (methods.Capture.VMAP, methods.Capture.LOOP)):
             self.compiler = None
-            warnings.warn(
-                f"compile=True has no effect on method {method.name!r}, which runs uncompiled.", stacklevel=3
-            )
+            what = f"method {method.name!r}" + ("" if grid is None else " on a grid")
+            warnings.warn(f"compile=True has no effect on {what}, which runs uncompiled.", stacklevel=3)
 
     def __call__(self, batch: Any, mask: Tensor | None = None, into: ClippedSum | None = None) -> ClippedSum:
         """The clipped sum of one physical batch.
@@ -161,21 +180,23 @@ class ClippedGrad:
             mask,
             batch_size,
             self.clip_norm,
+            self.grid,
         )
         bound = self.clip_norm if self.method.is_private else float("inf")
-        part = ClippedSum(grads, norms, losses, bound)
+        part = ClippedSum(grads, norms, losses, bound, self.grid)
         return part if into is None else into.add_(part)
 
     def _check_into(self, into: ClippedSum | None, parameters: dict[str, Tensor]) -> None:
-        """Raises ValueError: the sum is not one of these parameters and this clip norm."""
+        """Raises ValueError: the sum is not one of these parameters, this clip norm and this grid."""
         if into is None:
             return
         bound = self.clip_norm if self.method.is_private else float("inf")
         shapes = {name: p.shape for name, p in parameters.items()}
-        if into.clip_norm != bound or {name: g.shape for name, g in into.grads.items()} != shapes:
+        alike = (into.clip_norm, into.grid) == (bound, self.grid)
+        if not alike or {name: g.shape for name, g in into.grads.items()} != shapes:
             raise ValueError(
-                "the sum to add to has another clip norm or other parameters: pass only one of this logical "
-                "batch, and none that a failed step has emptied."
+                "the sum to add to has another clip norm, another grid or other parameters: pass only one of "
+                "this logical batch, and none that a failed step has emptied."
             )
 
     def _clip(
@@ -238,7 +259,7 @@ class ClippedGrad:
             raise
         assert total is not None
         end = before + batch_size
-        return ClippedSum(total.grads, total.norms[:end], total.losses[:end], total.clip_norm)
+        return ClippedSum(total.grads, total.norms[:end], total.losses[:end], total.clip_norm, total.grid)
 
     @property
     def workspace_bytes(self) -> int:
@@ -264,6 +285,9 @@ class ClippedGrad:
         device = next(iter(parameters.values())).device
         findings, stage = probe(self.model, self.loss_fn, batch, mask, batch_size)
         self._check_coverage(findings, parameters)
+        if self.grid is not None:
+            findings = findings.at_leaves()
+            stage = dataclasses.replace(stage, findings=stage.findings.at_leaves())
         dtype = next(iter(parameters.values())).dtype
         watch = stopwatch(device, dtype if dtype == torch.float64 else torch.float32)
         plan = make_plan(self.method, findings, batch_size, device, self.options, watch)
@@ -272,7 +296,7 @@ class ClippedGrad:
         else:  # the data decide which uses there are
             rehearsed = make_plan(self.method, stage.findings, stage.size, device, self.options)
         rehearse(stage, rehearsed)
-        return plan
+        return dataclasses.replace(plan, grid=self.grid)  # rehearsed in floating point, to other norms
 
     def _check_coverage(self, findings: Findings, parameters: dict[str, Tensor]) -> None:
         missing = [name for name in parameters if name not in findings.covered]
@@ -287,10 +311,13 @@ class ClippedGrad:
             )
 
     def _nothing(self, parameters: dict[str, Tensor], batch_size: int) -> ClippedSum:
-        grads = {name: torch.zeros_like(widen(p.detach())) for name, p in parameters.items()}
-        like = next(iter(grads.values()))
+        like = widen(next(iter(parameters.values())).detach())
+        if self.grid is None:
+            grads = {name: torch.zeros_like(widen(p.detach())) for name, p in parameters.items()}
+        else:
+            grads = on_grid.zeros(parameters)
         bound = self.clip_norm if self.method.is_private else float("inf")
-        return ClippedSum(grads, like.new_zeros(batch_size), like.new_zeros(batch_size), bound)
+        return ClippedSum(grads, like.new_zeros(batch_size), like.new_zeros(batch_size), bound, self.grid)
 
 
 def signature(model: nn.Module, parameters: dict[str, Tensor], batch: Any) -> tuple:

@@ -54,6 +54,37 @@ def noisy_mean(
     return out
 
 
+def noisy_mean_on_grid(
+    sums: dict[str, Tensor], noise_stddev: float, grid: float, batch_size: float, key: Key
+) -> dict[str, Tensor]:
+    """``grid (sum + round(N(0, (noise_stddev / grid)^2))) / batch_size``, in float32, in new tensors.
+
+    Noise and sum are added on the host, in integers (``core/noise.py``), wherever the sums lie.
+
+    Args:
+        sums: int64, in units of the grid.
+        noise_stddev, batch_size, key: as for ``noisy_mean``.
+        grid: the spacing.
+
+    Raises:
+        TypeError: a sum is not of integers.
+    """
+    for name, total in sums.items():
+        if total.dtype != torch.int64:
+            raise TypeError(f"the sum of {name} on a grid must be int64 and is {total.dtype}.")
+    out = {name: torch.empty(total.shape) for name, total in sums.items()}
+    on_host.noisy_mean_on_grid(
+        {name: total.detach().cpu().contiguous().numpy() for name, total in sums.items()},
+        {name: result.numpy() for name, result in out.items()},
+        noise_stddev,
+        grid,
+        batch_size,
+        key,
+        torch.get_num_threads(),
+    )
+    return {name: result.to(sums[name].device) for name, result in out.items()}
+
+
 def generator(key: Key, device: torch.device) -> torch.Generator:
     """The device's own generator, started from 64 bits of ``key``: Philox, on a GPU."""
     made = torch.Generator(device)

@@ -54,6 +54,8 @@ class Plan:
     options: Options = Options()
     #: in how many parts a batch is taken, one after the other, to stay within the memory budget
     parts: int = 1
+    #: the spacing of the integer grid that examples are summed on; all groups are then pulled back one by one
+    grid: float | None = None
 
     @property
     def results(self) -> frozenset[int]:

@@ -32,7 +32,7 @@ class PrivateTraining:
         self.model, self.optimizer, self.mechanism = model, optimizer, mechanism
         self.dataset = loader.dataset
         self._loader, self._key = loader, key
-        options = {"clip_norm": mechanism.clip_norm, "method": method}
+        options = {"clip_norm": mechanism.clip_norm, "method": method, "grid": mechanism.grid}
         self._clipped = clipped_grad(model, loss_fn, **options, compile=compile)
         #: sizes are tried uncompiled: to compile each of them would take minutes
         self._tried = clipped_grad(model, loss_fn, **options) if compile else self._clipped
@@ -137,7 +137,7 @@ def make_private(
         loss_fn: ``loss_fn(model, batch) -> [B]``, one loss per example.
         mechanism: what is promised; its steps are taken and no more.
         physical_batch_size: examples computed at once, or "auto".
-        method: clipping method.
+        method: clipping method; of a hardened mechanism one that sums on a grid, see ``clipped_grad``.
         compile: as for ``clipped_grad``.
         key: the run's secret; fresh from the operating system's entropy by default.
 

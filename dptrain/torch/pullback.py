@@ -106,6 +106,14 @@ def group_uses(uses: list[Use], names: dict[int, str], parameters: dict[str, Ten
     return groups
 
 
+def at_leaves(groups: tuple[Group, ...]) -> tuple[Group, ...]:
+    """The same uses, with the gradients of single examples pulled back to the leaves, and summed there."""
+    members: dict[tuple[str, ...], tuple[int, ...]] = {}
+    for group in groups:  # those of one leaf's selections differ in nothing but their uses
+        members[group.leaves] = members.get(group.leaves, ()) + group.uses
+    return tuple(Group(Kind.GENERAL, leaves, uses, one_by_one=True) for leaves, uses in members.items())
+
+
 def _kind(
     uses: list[Use], leaves: tuple[str, ...], parameters: dict[str, Tensor]
 ) -> tuple[Kind, tuple[bool, ...]]:
@@ -261,15 +269,19 @@ def _own_product(rows: Side, cols: Side, dtype: torch.dtype) -> tuple[Tensor, Te
 def _product(r1: Side, c1: Side, r2: Side, c2: Side, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``<R_1 R_2^T, C_1 C_2^T>`` and its bound."""
     rr, cc = r1.cross(r2, dtype), c1.cross(c2, dtype)
+    # roots first: the product may vanish
+    rows, cols = (a.squared(dtype).sqrt() * b.squared(dtype).sqrt() for a, b in ((r1, r2), (c1, c2)))
+    row_terms, col_terms = min(r1.terms, r2.terms), min(c1.terms, c2.terms)
     bound = gram.error_bound(
-        (r1.squared(dtype) * r2.squared(dtype)).sqrt(),
-        (c1.squared(dtype) * c2.squared(dtype)).sqrt(),
+        rows,
+        cols,
         gram.row_squares(rr.unsqueeze(1)),
         gram.row_squares(cc.unsqueeze(1)),
-        gram.chunked_gamma(min(r1.terms, r2.terms), dtype),
-        gram.chunked_gamma(min(c1.terms, c2.terms), dtype),
+        gram.chunked_gamma(row_terms, dtype),
+        gram.chunked_gamma(col_terms, dtype),
         rr[0].numel(),
     )
+    bound += gram.underflow(rows, cols, row_terms, col_terms, rr[0].numel())
     return gram.total((rr * cc).unsqueeze(1)).to(dtype), bound
 
 

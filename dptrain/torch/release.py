@@ -19,7 +19,7 @@ from dptrain.core.spec import StepSpec
 
 from .clipped_sum import ClippedSum
 from .guards import trainable
-from .noise import noisy_mean
+from .noise import noisy_mean, noisy_mean_on_grid
 from .sections import section
 
 _DOOR = object()
@@ -54,7 +54,8 @@ def privatize(
     """Add the step's noise to a clipped sum and divide by the public expected batch size.
 
     ``(sum_b clip(g_b) + N(0, (sigma C)^2 I)) / L``: Abadi et al. 2016, algorithm 1. L is the
-    mechanism's, never the number of examples that were sampled (rule 2).
+    mechanism's, never the number of examples that were sampled (rule 2). Of a hardened mechanism, sum
+    and noise are integers, and the result is float32.
 
     Args:
         clipped_sum: of a whole logical batch; its buffers are not changed, unless donated.
@@ -66,19 +67,23 @@ def privatize(
 
     Raises:
         TypeError: not a clipped sum, a mechanism or a key.
-        ValueError: the sum was clipped to another norm than the mechanism says, or given away.
+        ValueError: the sum was clipped to another norm or lies on another grid than the mechanism says, or
+            was given away.
     """
     if not isinstance(clipped_sum, ClippedSum):
         raise TypeError(f"privatize takes a ClippedSum, and was given {type(clipped_sum).__name__}.")
     if not isinstance(key, Key):
         raise TypeError("privatize needs a dptrain.core.entropy.Key: Key.from_entropy() makes one.")
-    spec = step_to_release(mechanism, clipped_sum.clip_norm)
+    spec = step_to_release(mechanism, clipped_sum.clip_norm, clipped_sum.grid)
     sums = clipped_sum.grads
     if not sums:
         raise ValueError("the sum is empty: it was given away to an earlier gradient, or its step failed.")
     with section("noise"):
-        out = _separate(sums) if donate else None
-        mean = noisy_mean(sums, spec.noise_stddev, spec.expected_batch_size, key, out)
+        if spec.grid is not None:
+            mean = noisy_mean_on_grid(sums, spec.noise_stddev, spec.grid, spec.expected_batch_size, key)
+        else:
+            out = _separate(sums) if donate else None
+            mean = noisy_mean(sums, spec.noise_stddev, spec.expected_batch_size, key, out)
     if donate:
         sums.clear()
     return PrivateGradient(mean, spec, key.reproducible, _DOOR)

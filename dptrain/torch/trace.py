@@ -14,7 +14,7 @@ from torch import Tensor
 from .capture import Capture, Use
 from .errors import Changed
 from .layout import Placement
-from .pullback import Group, Kind, geometry, group_uses, leaves_of
+from .pullback import Group, Kind, at_leaves, geometry, group_uses, leaves_of
 
 CHANGING = (
     "the operations of the model change from call to call, so its gradients cannot be assigned to "
@@ -103,6 +103,10 @@ class Findings:
     @property
     def routed_leaves(self) -> frozenset[str]:
         return frozenset(leaf for fact in self.uses if fact.routed for leaf in fact.leaves)
+
+    def at_leaves(self) -> Findings:
+        """With all gradients of single examples pulled back to the leaves."""
+        return dataclasses.replace(self, groups=at_leaves(self.groups))
 
     def rerouted(self, pattern: tuple) -> Findings:
         """With all uses of this pattern routed; see ``reroute``."""

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bookkeeping import Bookkeeping, clip_factors
+from dptrain.core.clipping_error import BLOCK
+
+from .bookkeeping import Bookkeeping
 from .capture import Capture, Use, ignore
 from .guards import backward, check_losses
 from .planner import Plan
 from .trace import match
-from .uses.base import BLOCK, squared_norm, widen
+from .uses.base import squared_norm, widen
 from .uses.convolution import Convolution
 from .uses.linear import Linear
 from .workspace import Workspace
@@ -139,7 +141,7 @@ def _clip(plan, capture, losses, parameters, names, mask, batch_size, clip_norm)
     backward(capture, total, parameters, retain_graph=plan.second_backward)
     squared = books.finish(capture)
     finite = squared.isfinite() & losses.detach().isfinite()
-    books.factors = torch.where(finite & mask, clip_factors(squared, clip_norm), 0.0)
+    books.factors = torch.where(finite & mask, books.clip_factors(squared, clip_norm), 0.0)
     books.contract(capture)
     if plan.second_backward:
         capture.sink = books.second_pass

@@ -18,9 +18,24 @@ PrecisionName = Literal["fp32", "tf32", "bf16"]
 NormalizationName = Literal["auto", "half", "imagenet", "none"]
 AccountantName = Literal["pld", "rdp"]
 EngineName = Literal["torch", "jax"]
+RestartName = Literal["afresh", "replay"]
 
 
 PATHS = ("data_dir", "weights", "out")
+MACHINE_SETTINGS = frozenset(
+    {
+        "data_dir",
+        "download",
+        "workers",
+        "device",
+        "out",
+        "tensorboard",
+        "show_unprotected",
+        "restart",
+        "checkpoint_every",
+    }
+)
+"""What may differ when a run is resumed: where it runs and what it tells, not what it computes."""
 ALTERNATIVES = (("epsilon", "noise_multiplier"), ("epochs", "steps"))
 """Pairs of settings of which exactly one is given."""
 
@@ -94,6 +109,11 @@ class TrainConfig:
     """Each example's gradient is scaled down to at most this L2 norm."""
     method: str = "auto"
     """How per-example gradients are clipped; non-private turns clipping and noise off."""
+    dataset_name: str | None = None
+    """The name under which the ledger adds up what is released from the same data; by default --data."""
+    restart: RestartName = "afresh"
+    """Steps that were lost when a run died are repeated: afresh: with new randomness, paid for again, so
+    that the run ends earlier; replay: bit for bit, from a key kept in a file outside the run folder."""
     seed: int | None = None
     """Absent: all randomness from the operating system. Present: the run is marked reproducible."""
 
@@ -132,6 +152,8 @@ class TrainConfig:
     """Run folder; by default runs/ and a name made of data, model and time."""
     evaluations: int = 10
     """How often to evaluate over the run."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints; by default as often as costs 2 % of the time, at least every 5 minutes."""
     tensorboard: bool = False
     """Also write TensorBoard events into the run folder."""
     show_unprotected: bool = False
@@ -211,6 +233,7 @@ def _check(config: TrainConfig) -> None:
         "lora_rank",
         "lora_alpha",
         "evaluations",
+        "checkpoint_every",
     )
     for name in positive:
         value = getattr(config, name)

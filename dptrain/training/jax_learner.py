@@ -19,13 +19,14 @@ from jax import Array
 from torch import nn
 
 from dptrain import jax as dpj
+from dptrain.core.entropy import Key
 from dptrain.models.jax import translated
 from dptrain.optim.averaging import warmed_decay
 from dptrain.optim.with_optax import build_optax
 from dptrain.torch.physical_batch import Trial
 from dptrain.training.config import ConfigError
-from dptrain.training.learner import BeforeRelease
-from dptrain.training.loop import Step, pieces, unprotected
+from dptrain.training.learner import State, Tensors, put, under
+from dptrain.training.loop import BeforeRelease, Step, pieces, unprotected
 from dptrain.training.prepare import Run
 
 #: the physical batch size of ``auto``: how many of them are computed at once, the engine measures by itself
@@ -44,7 +45,7 @@ class JaxLearner:
 
     def __init__(self, run: Run) -> None:
         config = run.config
-        self.run, self.taken, self.size = run, 0, 0
+        self.run, self.taken, self.is_whole, self.size = run, 0, True, 0
         self.forward = translated(run.learner, config.model, run.train.num_classes, run.train.input_shape)
         own = dict(run.learner.named_parameters())
         self.device = _device(config.device)
@@ -61,7 +62,7 @@ class JaxLearner:
             build_optax(config.optimizer, config.lr, config.weight_decay, config.lr_schedule, steps)
         )
         with self._settings():
-            self.state = self.optimizer.init(self.params)
+            self.optimizer_state = self.optimizer.init(self.params)
             self.average = jax.tree.map(jnp.copy, self.params) if config.weight_average else None
         clipped = dpj.clipped_grad(
             self._loss, clip_norm=config.clip_norm, method=run.method, batch_argnums=(1, 2)
@@ -104,8 +105,8 @@ class JaxLearner:
             self._add(self.accumulator.zeros(self.params), stand_in, np.ones(size, bool))
         return size, []
 
-    def steps(self, before_release: BeforeRelease) -> Iterator[Step]:
-        taken = self._steps(before_release)
+    def steps(self, key: Key, before_release: BeforeRelease) -> Iterator[Step]:
+        taken = self._steps(key, before_release)
         while True:
             with self._settings():  # but not while the caller does something else
                 step = next(taken, None)
@@ -113,10 +114,10 @@ class JaxLearner:
                 return
             yield step
 
-    def _steps(self, before_release: BeforeRelease) -> Iterator[Step]:
+    def _steps(self, key: Key, before_release: BeforeRelease) -> Iterator[Step]:
         run = self.run
-        noise_key, batches = run.key.child("noise"), pieces(run, self.size)
-        for index in range(run.mechanism.steps):
+        batches = pieces(run, self.size, key, self.taken)
+        for index in range(self.taken, run.mechanism.steps):
             spec = run.mechanism.step(index)
             total, parts = self.accumulator.zeros(self.params), []
             for batch, mask, is_last in batches:
@@ -126,15 +127,38 @@ class JaxLearner:
                     parts.append((_tensor(out.losses), _tensor(out.norms), mask.cpu()))
                 if is_last:
                     break
-            before_release(index, spec)
-            gradient = dpj.privatize(out, spec, noise_key.child(index), donate=True)
+            gradient = dpj.privatize(out, spec, key.child("noise", index), donate=True)
+            before_release(
+                index, spec, lambda grads=gradient.grads: {n: np.asarray(g) for n, g in grads.items()}
+            )
+            self.is_whole = False
             # As torch's average: it begins with the weights after the first step.
             decay = jnp.float32(warmed_decay(run.config.weight_average, index) if index else 0.0)
-            self.params, self.state, self.average = self._apply(
-                self.params, self.state, self.average, gradient, decay
+            self.params, self.optimizer_state, self.average = self._apply(
+                self.params, self.optimizer_state, self.average, gradient, decay
             )
-            self.taken = index + 1
+            self.taken, self.is_whole = index + 1, True
             yield Step(self.taken, unprotected(parts, spec) if parts else None)
+
+    def state(self) -> State:
+        """Of what optax keeps, the leaves in the order of its tree."""
+        tensors = {f"weights/{name}": _tensor(x) for name, x in self.params.items()}
+        leaves = jax.tree.leaves(self.optimizer_state)
+        tensors |= {f"optimizer/{number}": _tensor(x) for number, x in enumerate(leaves)}
+        if self.average is not None:
+            tensors |= {f"average/{name}": _tensor(x) for name, x in self.average.items()}
+        return State(tensors, {})
+
+    def restore(self, taken: int, state: State) -> None:
+        with self._settings():
+            self.params = _put(self.params, under("weights", state.tensors))
+            leaves, tree = jax.tree.flatten(self.optimizer_state)
+            numbered = {str(number): x for number, x in enumerate(leaves)}
+            restored = _put(numbered, under("optimizer", state.tensors))
+            self.optimizer_state = jax.tree.unflatten(tree, [restored[name] for name in numbered])
+            if self.average is not None:
+                self.average = _put(self.average, under("average", state.tensors))
+        self.taken = taken
 
     def _add(self, total: Any, batch: tuple, mask: np.ndarray) -> dpj.ClippedSum:
         return self.accumulator.add(total, self.params, *batch, self.frozen, mask=mask)
@@ -166,6 +190,13 @@ def _device(name: str) -> jax.Device:
 def _arrays(batch: tuple) -> tuple[np.ndarray, np.ndarray]:
     inputs, labels = batch
     return inputs.cpu().numpy(), labels.cpu().numpy().astype(np.int32)
+
+
+def _put(own: dict[str, Array], saved: Tensors) -> dict[str, Array]:
+    """`saved` as arrays, in the order of `own`; raises CheckpointError if they are not of its kind."""
+    like = {name: _tensor(x) for name, x in own.items()}
+    put(like, saved)
+    return {name: jnp.array(x.numpy()) for name, x in like.items()}
 
 
 def _tensor(x: Array) -> torch.Tensor:

@@ -3,22 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from dptrain import torch as dpt
+from dptrain.core.entropy import Key
+from dptrain.core.releases import Numbers
 from dptrain.core.spec import StepSpec
 from dptrain.optim import average_of, build_optimizer, build_schedule
 from dptrain.torch.physical_batch import Trial, choose
-from dptrain.training.loop import Step, clip_stand_ins, logical_steps, make_loss
+from dptrain.training.checkpoint import CheckpointError
+from dptrain.training.loop import (
+    BeforeRelease,
+    Step,
+    clip_stand_ins,
+    logical_steps,
+    make_loss,
+)
+from dptrain.training.optimizer_state import optimizer_state, restore_optimizer
 from dptrain.training.prepare import Run
 
-BeforeRelease = Callable[[int, StepSpec], None]
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a learner is, to go on from: tensors by name, and JSON-able numbers."""
+
+    tensors: Tensors
+    numbers: dict[str, Any]
 
 
 class Learner(Protocol):
-    """One run's weights on their way."""
+    """One run's weights on their way.
+
+    Attributes:
+        taken: steps that have been taken.
+        is_whole: whether the weights are those after `taken` steps; while one is being applied they are not.
+    """
+
+    taken: int
+    is_whole: bool
 
     def get_ready(self, compiles: Callable[[], None]) -> tuple[int, list[Trial]]:
         """The physical batch size, and what was tried to find it.
@@ -28,8 +56,19 @@ class Learner(Protocol):
         """
         ...
 
-    def steps(self, before_release: BeforeRelease) -> Iterator[Step]:
-        """Take the steps of the run's mechanism, one per item."""
+    def steps(self, key: Key, before_release: BeforeRelease) -> Iterator[Step]:
+        """Take the steps of the run's mechanism that have not been taken, one per item.
+
+        key: the secret that samples and noise are drawn from.
+        """
+        ...
+
+    def state(self) -> State:
+        """All that the next step depends on, apart from the key and the data."""
+        ...
+
+    def restore(self, taken: int, state: State) -> None:
+        """Go to where another learner of the same run was. Raises CheckpointError if it does not fit."""
         ...
 
     def model(self) -> nn.Module:
@@ -47,7 +86,7 @@ class TorchLearner:
 
     def __init__(self, run: Run) -> None:
         config = run.config
-        self.run, self.taken, self.size = run, 0, 0
+        self.run, self.taken, self.is_whole, self.size = run, 0, True, 0
         self.optimizer = build_optimizer(
             config.optimizer, run.learner.parameters(), config.lr, config.weight_decay
         )
@@ -72,14 +111,38 @@ class TorchLearner:
         self.clipped, self.size = clipped, size
         return size, trials
 
-    def steps(self, before_release: BeforeRelease) -> Iterator[Step]:
+    def steps(self, key: Key, before_release: BeforeRelease) -> Iterator[Step]:
         assert self.clipped is not None
-        for step in logical_steps(self.run, self.clipped, self.optimizer, self.size, before_release):
+
+        def release(index: int, spec: StepSpec, numbers: Numbers) -> None:
+            before_release(index, spec, numbers)
+            self.is_whole = False
+
+        steps = logical_steps(self.run, self.clipped, self.optimizer, self.size, key, self.taken, release)
+        for step in steps:
             self.schedule.step()
             if self.average is not None:
                 self.average.update_parameters(self.run.learner)
-            self.taken = step.number
+            self.taken, self.is_whole = step.number, True
             yield step
+
+    def state(self) -> State:
+        tensors, numbers = optimizer_state(self.optimizer, self.schedule)
+        tensors = {f"optimizer/{name}": value for name, value in tensors.items()}
+        tensors |= {f"weights/{name}": value for name, value in weights(self.run.learner).items()}
+        if self.average is not None:
+            tensors |= {f"average/{name}": value for name, value in weights(self.average.module).items()}
+            numbers["averaged"] = int(self.average.n_averaged)
+        return State(tensors, numbers)
+
+    def restore(self, taken: int, state: State) -> None:
+        put(weights(self.run.learner), under("weights", state.tensors))
+        numbers = dict(state.numbers)
+        if self.average is not None:
+            put(weights(self.average.module), under("average", state.tensors))
+            self.average.n_averaged.fill_(numbers.pop("averaged"))
+        restore_optimizer(self.optimizer, self.schedule, under("optimizer", state.tensors), numbers)
+        self.taken = taken
 
     def model(self) -> nn.Module:
         return self.average.module if self.average is not None and self.taken else self.run.learner
@@ -88,3 +151,32 @@ class TorchLearner:
         if self.average is not None and self.taken:
             self.run.learner.load_state_dict(self.average.module.state_dict())
             self.average = None
+
+
+def weights(model: nn.Module) -> Tensors:
+    """The trained parameters, each once."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def under(prefix: str, tensors: Tensors) -> Tensors:
+    """Those whose name begins with ``prefix/``, by the rest of their name."""
+    return {
+        name.removeprefix(f"{prefix}/"): t for name, t in tensors.items() if name.startswith(f"{prefix}/")
+    }
+
+
+@torch.no_grad()
+def put(own: Tensors, saved: Tensors) -> None:
+    """Copy `saved` into `own`, in place.
+
+    Raises CheckpointError if names, shapes or types differ.
+    """
+    described = [{name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} for tensors in (own, saved)]
+    if described[0] != described[1]:
+        different = sorted(name for name, _ in described[0].items() ^ described[1].items())
+        raise CheckpointError(
+            f"the checkpoint is of another model: {', '.join(different[:3])} differ; resume with the "
+            "settings and the versions that it was made with."
+        )
+    for name, tensor in own.items():
+        tensor.copy_(saved[name])

@@ -23,6 +23,12 @@ class Listener(Protocol):
     def chose_physical_batch_size(self, size: int, trials: list[Trial]) -> None:
         """`trials` is empty if the size was given."""
 
+    def resumed(self, taken: int, lost: int, repeats: bool) -> None:
+        """The run goes on after `taken` steps; `lost` releases after them are made again."""
+
+    def noted(self, note: str) -> None:
+        """Something that whoever runs this should know, in a sentence."""
+
     def stepped(self, step: Step, epsilon: float, examples_per_s: float) -> None:
         """examples_per_s: steps per second times the public L."""
 
@@ -37,6 +43,10 @@ class Silent:
     def compiles(self) -> None: ...
 
     def chose_physical_batch_size(self, size: int, trials: list[Trial]) -> None: ...
+
+    def resumed(self, taken: int, lost: int, repeats: bool) -> None: ...
+
+    def noted(self, note: str) -> None: ...
 
     def stepped(self, step: Step, epsilon: float, examples_per_s: float) -> None: ...
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,8 @@ from torch import nn
 from torch.nn import functional
 
 from dptrain import torch as dpt
+from dptrain.core.entropy import Key
+from dptrain.core.releases import Numbers
 from dptrain.core.sampling import LogicalSampler, PhysicalBatch, physical_batches
 from dptrain.core.spec import StepSpec
 from dptrain.data import Batch
@@ -19,6 +22,10 @@ from dptrain.training.device import autocast
 from dptrain.training.prepare import Run
 
 LossFunction = Callable[[nn.Module, Batch], torch.Tensor]
+
+BeforeRelease = Callable[[int, StepSpec, Numbers], None]
+"""Called with a step's index, its specification and its noisy gradient, before anything is made of that: to
+record that its privacy is spent. If it raises, there is no release and nothing has changed."""
 
 
 @dataclass(frozen=True)
@@ -62,41 +69,57 @@ def logical_steps(
     clipped: Callable[..., dpt.ClippedSum],
     optimizer: torch.optim.Optimizer,
     physical_batch_size: int,
-    before_release: Callable[[int, StepSpec], None],
+    key: Key,
+    first: int,
+    before_release: BeforeRelease,
 ) -> Iterator[Step]:
-    """Take the steps of the run's mechanism, one per item.
+    """Take the steps of the run's mechanism from index `first` on, one per item.
 
-    clipped: what `dpt.clipped_grad` returned. before_release: called with the step's index and
-    specification before its noisy gradient exists, to record that its privacy is spent.
+    Each is a function of the weights before it, the data and (key, index) alone: a step that is repeated
+    with the same key is the same, and with another key shares no randomness with it.
+
+    clipped: what `dpt.clipped_grad` returned. key: the run's secret.
     """
-    noise_key = run.key.child("noise")
-    batches = pieces(run, physical_batch_size)
-    for index in range(run.mechanism.steps):
+    batches = pieces(run, physical_batch_size, key, first)
+    for index in range(first, run.mechanism.steps):
         spec = run.mechanism.step(index)
         total, parts = None, []
-        for batch, mask, is_last in batches:
-            total = clipped(batch, mask, into=total)
-            if run.config.show_unprotected:
-                parts.append((total.losses[-len(mask) :], total.norms[-len(mask) :], mask))
-            if is_last:
-                break
-        before_release(index, spec)
-        gradient = dpt.privatize(total, spec, noise_key.child(index), donate=True)
+        with random_state(key.child("forward", index), run.device):
+            for batch, mask, is_last in batches:
+                total = clipped(batch, mask, into=total)
+                if run.config.show_unprotected:
+                    parts.append((total.losses[-len(mask) :], total.norms[-len(mask) :], mask))
+                if is_last:
+                    break
+        gradient = dpt.privatize(total, spec, key.child("noise", index), donate=True)
+        before_release(
+            index, spec, lambda grads=gradient.grads: {n: g.cpu().numpy() for n, g in grads.items()}
+        )
         dpt.apply(optimizer, run.learner, gradient)
         yield Step(index + 1, unprotected(parts, spec) if parts else None)
 
 
-def pieces(run: Run, physical_batch_size: int) -> Iterator[tuple[Batch, torch.Tensor, bool]]:
-    """(batch, mask [P] bool, whether it ends its step) of the whole run.
+@contextmanager
+def random_state(key: Key, device: torch.device) -> Iterator[None]:
+    """Within, what a model draws (dropout) is decided by the key; random state is left as found."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(key.seed64())
+        yield
+
+
+def pieces(
+    run: Run, physical_batch_size: int, key: Key, first: int
+) -> Iterator[tuple[Batch, torch.Tensor, bool]]:
+    """(batch, mask [P] bool, whether it ends its step) of the run from step `first` on.
 
     The data set may read ahead. Every step has at least one piece: an empty logical batch is one
     piece that is masked throughout.
     """
-    key = run.key.child("sampling")
+    key = key.child("sampling")
     waiting: deque[tuple[PhysicalBatch, bool]] = deque()
 
     def indices() -> Iterator[torch.Tensor]:
-        for step in range(run.mechanism.steps):
+        for step in range(first, run.mechanism.steps):
             sampler = LogicalSampler(len(run.train), run.mechanism.step(step).sampling, key)
             parts = list(physical_batches(sampler.sample(step), physical_batch_size))
             for number, piece in enumerate(parts, 1):

@@ -35,6 +35,7 @@ from dptrain.models import (
 from dptrain.training.config import ConfigError, TrainConfig
 from dptrain.training.device import check_precision, resolve_device
 from dptrain.training.make_model import Made, make_model
+from dptrain.training.saved import Saved, restore_fixed
 
 VALIDATION_SEED = 1
 """The split of --validation-fraction is public and the same in every run."""
@@ -74,8 +75,10 @@ class Run:
         return methods.resolve(self.method).is_private
 
 
-def prepare(config: TrainConfig) -> Run:
+def prepare(config: TrainConfig, saved: Saved | None = None) -> Run:
     """Load, build, select, calibrate.
+
+    saved: the run that is to go on, whose frozen weights are taken in place of pre-trained ones.
 
     Raises ConfigError, DataError or ModelError (all ValueErrors of one sentence).
     """
@@ -91,9 +94,12 @@ def prepare(config: TrainConfig) -> Run:
     splits = load_splits(config, wanted, device)
     mechanism = make_mechanism(config, len(splits.train), private=method.is_private)
 
-    made = _initialised(config, splits, key)
+    # All that a saved run had loaded is in its own files.
+    made = _initialised(replace(config, pretrained=False, weights=None) if saved else config, splits, key)
     model = made.model.to(device)
     trainable = select_trainable(model, config.trainable)
+    if saved is not None:
+        restore_fixed(model, saved.fixed)
     learner = model
     if config.cache_features:
         backbone, learner = split_head(model)

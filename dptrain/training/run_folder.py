@@ -13,15 +13,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from dptrain.core import durable
 from dptrain.training.config import ConfigError, TrainConfig, read_config
 
-CONFIG, METRICS, WEIGHTS, SUMMARY, LEDGER, CURVES = (
+CONFIG, METRICS, WEIGHTS, SUMMARY, LEDGER, CURVES, CHECKPOINTS, FIXED = (
     "config.json",
     "metrics.jsonl",
     "model.safetensors",
     "summary.json",
     "ledger.jsonl",
     "curves.png",
+    "checkpoints",
+    "fixed.safetensors",
 )
 
 
@@ -39,7 +42,9 @@ class RunFolder:
         """
         path = config.out or Path("runs") / _default_name(config)
         if (path / CONFIG).exists():
-            raise ConfigError(f"{path} already holds a run; choose another --out, or remove it.")
+            raise ConfigError(
+                f"{path} already holds a run; choose another --out, or go on with --resume {path}."
+            )
         return cls(path)
 
     def create(self, config: TrainConfig) -> None:
@@ -73,17 +78,51 @@ class RunFolder:
     def ledger(self) -> Path:
         return self.path / LEDGER
 
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of what an unfinished run goes on from."""
+        return self.path / CHECKPOINTS
+
+    @property
+    def fixed(self) -> Path:
+        """What an unfinished run has and does not train."""
+        return self.checkpoints / FIXED
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run came to its end: what an interrupted one has is a summary that says so."""
+        try:
+            summary = json.loads((self.path / SUMMARY).read_text(encoding="utf-8"))
+            return not summary["interrupted"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Add one JSON line; an infinite or undefined number becomes null."""
         with (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+
+    def metrics_bytes(self) -> int:
+        """How long the metrics are."""
+        path = self.path / METRICS
+        return path.stat().st_size if path.exists() else 0
+
+    def cut_metrics(self, size: int) -> None:
+        """Leave the first `size` bytes: what came after belongs to steps that are taken again."""
+        path = self.path / METRICS
+        content = path.read_bytes()[:size] if path.exists() else b""
+        durable.write(path, content[: content.rfind(b"\n") + 1])
 
     def save_model(self, model: nn.Module) -> None:
         """Write all parameters and buffers, shared ones once under each name."""
         state = {
             name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()
         }
-        save_file(state, self.weights)
+        with durable.replacing(self.weights) as scratch:
+            try:
+                save_file(state, scratch)
+            except SafetensorError as error:  # what its library makes of a full disk
+                raise OSError(None, str(error), str(self.weights)) from error
 
     def load_model(self, model: nn.Module) -> None:
         """Read what `save_model` wrote into a model of the same making, in place."""
@@ -101,7 +140,7 @@ class RunFolder:
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         text = json.dumps(_finite(content), indent=2, allow_nan=False)
-        (self.path / name).write_text(text + "\n", encoding="utf-8")
+        durable.write(self.path / name, (text + "\n").encode())
 
 
 def _default_name(config: TrainConfig) -> str:

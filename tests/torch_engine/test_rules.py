@@ -160,8 +160,8 @@ def test_rule_7_clip_factors_are_not_rounded_to_the_compute_type():
     from dptrain.torch.bookkeeping import clip_factors
 
     squared = torch.rand(10_000) * 100 + 1
-    parts = clip_factors(squared, 0.5).double() * squared.double().sqrt()
-    assert (parts <= 0.5).all() and (parts > 0.5 * (1 - 1e-5)).all()
+    parts = clip_factors(squared, 0.5, 1000, 10).double() * squared.double().sqrt()
+    assert (parts <= 0.5).all() and (parts > 0.5 * (1 - 2e-5)).all()
 
 
 def test_rule_7_gram_norms_carry_their_error():

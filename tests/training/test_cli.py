@@ -1,9 +1,13 @@
+import json
+import os
+import signal
+
 import pytest
 
 from dptrain.cli import main
 from dptrain.cli.train import parse
 from dptrain.recipes import RECIPES
-from dptrain.training import TrainConfig
+from dptrain.training import TrainConfig, session
 
 QUICK = ["--model", "linear", "--steps", "3", "--physical-batch-size", "128"]
 
@@ -106,3 +110,71 @@ def test_privacy_answers(capsys):
     arguments += ["--sample-rate", "0.5"]
     assert main(["privacy", *arguments]) == 0
     assert "epsilon = 3.8379" in capsys.readouterr().out
+
+
+def test_ledgers_say_what_was_spent(tmp_path, capsys):
+    for name in ("a", "b"):
+        assert main(["train", *QUICK, "--accountant", "rdp", "--out", str(tmp_path / name)]) == 0
+    summary = json.loads((tmp_path / "a/summary.json").read_text())
+    capsys.readouterr()
+    ask = ["privacy", "--delta", "1e-4", "--accountant", "rdp", "--as-json", "--ledger"]
+    assert main([*ask, str(tmp_path / "a")]) == 0
+    (once,) = json.loads(capsys.readouterr().out)
+    assert once["epsilon"] == summary["epsilon"] and once["releases"] == 3
+    assert main([*ask, str(tmp_path / "a/ledger.jsonl"), str(tmp_path / "b")]) == 0
+    (both,) = json.loads(capsys.readouterr().out)
+    assert both["epsilon"] > once["epsilon"] and both["releases"] == 6 and both["dataset"] == "digits"
+    assert main(["privacy", "--delta", "1e-4", "--ledger", str(tmp_path / "a")]) == 0
+    assert "digits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ledger", "no-such-file"], "cannot be read"),
+        (["--ledger", "x", "--steps", "3"], "from the record alone"),
+    ],
+)
+def test_ledgers_that_say_nothing(arguments, message, capsys):
+    assert main(["privacy", "--delta", "1e-4", *arguments]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_run_goes_on_by_its_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    out = str(tmp_path / "run")
+    flags = [*QUICK, "--seed", "1", "--checkpoint-every", "1"]
+    with monkeypatch.context() as patch:
+        calls = []
+
+        def twice(self, *arguments):
+            calls.append(1)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            real(self, *arguments)
+
+        real = session.Session._took
+        patch.setattr(session.Session, "_took", twice)
+        assert main(["train", *flags, "--out", out]) == 130
+    assert f"dptrain train --resume {out}" in capsys.readouterr().out
+    assert main(["train", "--resume", out, "--lr", "0.1"]) == 2
+    assert "--lr was 0.6 and is 0.1" in " ".join(capsys.readouterr().err.split())
+    assert main(["train", "--resume", out, "--show-unprotected"]) == 0
+    assert "Goes on after step 3." in capsys.readouterr().out
+    assert main(["train", "--resume", out]) == 2
+    assert "finished" in capsys.readouterr().err
+
+
+def test_what_batch_systems_send_ends_a_run_as_ctrl_c_does(tmp_path, monkeypatch):
+    real = session.Session._took
+
+    def terminated(self, step, due):
+        real(self, step, due)
+        if step.number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(session.Session, "_took", terminated)
+    assert main(["train", *QUICK, "--out", str(tmp_path / "run")]) == 130
+    assert json.loads((tmp_path / "run/summary.json").read_text())["interrupted"]
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -57,7 +57,7 @@ def test_clipped_steps_are_the_same(quick, tmp_path):
 def test_a_run_leaves_its_files_and_accounts_for_its_steps(quick):
     outcome = train(quick(engine="jax", show_unprotected=True))
     assert outcome.epsilon == outcome.run.mechanism.epsilon()
-    assert Ledger(outcome.folder.ledger).epsilon(1e-4) == pytest.approx(outcome.epsilon)
+    assert Ledger.read(outcome.folder.ledger).epsilon(1e-4) == pytest.approx(outcome.epsilon)
     summary = json.loads((outcome.folder.path / "summary.json").read_text())
     assert summary["engine"] == "jax" and summary["steps_taken"] == 4
     _, _, score = rescore(outcome.folder.path)

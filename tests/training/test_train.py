@@ -37,7 +37,7 @@ def test_a_run_leaves_its_files_and_accounts_for_its_steps(quick):
         "summary.json",
     }
     assert outcome.epsilon == outcome.run.mechanism.epsilon()
-    assert Ledger(outcome.folder.ledger).epsilon(1e-4) == pytest.approx(outcome.epsilon)
+    assert Ledger.read(outcome.folder.ledger).epsilon(1e-4) == pytest.approx(outcome.epsilon)
     assert [record["step"] for record in metrics(outcome, "evaluation")] == [2, 4]
     summary = json.loads((outcome.folder.path / "summary.json").read_text())
     assert summary["reproducible"] is True and summary["steps_taken"] == 4
@@ -70,7 +70,7 @@ def test_interruption_leaves_weights_and_what_was_spent(quick):
     outcome = train(quick(), StopAfter(3))
     assert outcome.interrupted and outcome.steps == 3
     assert outcome.epsilon == outcome.run.mechanism.epsilon(steps=3)
-    assert len(Ledger(outcome.folder.ledger).read()) == 3
+    assert len(Ledger.read(outcome.folder.ledger).releases) == 3
     assert metrics(outcome, "evaluation")[-1]["step"] == 3
     assert rescore(outcome.folder.path)[2].accuracy == outcome.score.accuracy
 

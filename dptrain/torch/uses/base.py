@@ -22,10 +22,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..layout import Placement, Routed
+from dptrain.core.clipping_error import BLOCK
 
-#: elements whose squares float32 can add one after the other
-BLOCK = 1024
+from ..layout import Placement, Routed
 
 
 class Factors(NamedTuple):
@@ -151,11 +150,12 @@ def weighted_sum(gradients: Tensor, weights: Tensor | None, into: Tensor | None 
 
 
 def squared_norm(gradients: Tensor) -> Tensor:
-    """Squared norms ``[B]`` of ``[B, ...]``, accumulated in float32 or better."""
+    """Squared norms ``[B]`` of ``[B, ...]``, accumulated in float32 or better, as
+    ``core/clipping_error.py`` has it."""
     flat = widen(gradients).reshape(gradients.shape[0], -1)
-    if flat.dtype == torch.float64 or flat.shape[1] <= BLOCK:
+    if flat.shape[1] <= BLOCK:
         return torch.linalg.vector_norm(flat, dim=1).square()
-    # A CPU's float32 norm adds one square after the other, and the sum of millions of them swallows
+    # A CPU's norm adds one square after the other, and in float32 the sum of millions of them swallows
     # the small ones, so that the norm is understated. Blocks are joined in float64.
     whole = flat.shape[1] - flat.shape[1] % BLOCK
     parts = torch.linalg.vector_norm(flat[:, :whole].unflatten(1, (-1, BLOCK)), dim=2)

@@ -156,16 +156,18 @@ class Convolution(Rule):
     def _pixel_norms(self, image: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
         rows = self._rows(out)
         rr, cc = gram.products(rows, rows), self.patch_gram(image, out.shape[2:])
+        r2, c2 = rows.square().sum((1, 2, 3)), cc.diagonal(dim1=2, dim2=3).sum((1, 2))
+        channels, k = image.shape[1] // self.groups, math.prod(self.kernel)
         bound = gram.error_bound(
-            rows.square().sum((1, 2, 3)),
-            cc.diagonal(dim1=2, dim2=3).sum((1, 2)),
+            r2,
+            c2,
             gram.row_squares(rr),
             gram.row_squares(cc),
             gram.chunked_gamma(rows.shape[3], rows.dtype),
-            gram.chunked_gamma(image.shape[1] // self.groups, rows.dtype)
-            + gram.gamma(math.prod(self.kernel), rows.dtype),
+            gram.chunked_gamma(channels, rows.dtype) + gram.gamma(k, rows.dtype),
             rr[0].numel(),
         )
+        bound += gram.underflow(r2, c2, rows.shape[3], k * channels, rr[0].numel())
         return gram.total(rr.mul_(cc)).to(rows.dtype), bound
 
     def patch_gram(self, image: Tensor, positions: torch.Size) -> Tensor:

@@ -11,6 +11,10 @@ The terms cancel, so rounding is bounded and not hoped for (rule 7). With ``gamm
     gamma_R |R|^2 ||C C^T|| + gamma_C |C|^2 ||R R^T|| + gamma_S ||R R^T|| ||C C^T||
 
 in Frobenius norms, gamma_S being that of the summation over positions, which is done in float64.
+
+Products below the smallest normal number t may vanish while their partners are large. An entry of R R^T is
+then off by R t, and the entries of C C^T add up to at most T |C|^2: ``underflow``. The Frobenius norms in the
+bound itself, taken of squares of entries, are understated by sqrt(T T t) at most.
 """
 
 from __future__ import annotations
@@ -73,7 +77,10 @@ def squared_norms(rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
     r2, c2 = rows.square().sum(3), cols.square().sum(3)  # [B, E, T]
     if positions == 1:
         squared = (r2 * c2).sum((1, 2))
-        return squared, gamma(rows.shape[3] + cols.shape[3] + groups, dtype) * squared
+        bound = SLACK * gamma(rows.shape[3] + cols.shape[3] + groups, dtype) * squared
+        return squared, bound + underflow(
+            r2.sum((1, 2)), c2.sum((1, 2)), rows.shape[3], cols.shape[3], groups
+        )
     squared, rr2, cc2 = (rows.new_zeros(examples, dtype=torch.float64) for _ in range(3))
     for start, stop in _blocks(positions, positions * examples * groups * rows.element_size()):
         rr = products(rows[:, :, start:stop], rows[:, :, :stop])
@@ -89,7 +96,7 @@ def squared_norms(rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
         chunked_gamma(rows.shape[3], dtype),
         chunked_gamma(cols.shape[3], dtype),
         groups * positions**2,
-    )
+    ) + underflow(r2.sum((1, 2)), c2.sum((1, 2)), rows.shape[3], cols.shape[3], groups * positions**2)
     return squared.to(dtype), bound
 
 
@@ -111,11 +118,26 @@ def error_bound(
         terms: of the inner product, which are added in float64.
     """
     dtype = r2.dtype
-    rr, cc = rr2.to(dtype).sqrt(), cc2.to(dtype).sqrt()
+    vanished = terms * torch.finfo(dtype).tiny
+    rr, cc = (rr2 + vanished).sqrt().to(dtype), (cc2 + vanished).sqrt().to(dtype)
     bound = row_gamma * r2 * cc
     bound += col_gamma * c2 * rr
     bound += (gamma(4, dtype) + gamma(terms, torch.float64)) * rr * cc
     return (SLACK * bound).nan_to_num(nan=math.inf)
+
+
+def underflow(r2: Tensor, c2: Tensor, row_terms: int, col_terms: int, terms: int) -> Tensor:
+    """What a squared norm can miss because products vanished, ``[B]``.
+
+    Args:
+        r2, c2: ``|R|^2`` and ``|C|^2``, ``[B]``.
+        row_terms, col_terms: features that an entry of either matrix sums over.
+        terms: of the inner product of the matrices.
+    """
+    tiny = torch.finfo(r2.dtype).tiny
+    # twice, for what vanished from |R|^2 and |C|^2 themselves
+    by_entries = 2 * math.sqrt(terms) * (row_terms * tiny * c2 + col_terms * tiny * r2)
+    return (by_entries + terms * tiny).nan_to_num(nan=math.inf)
 
 
 def _blocks(positions: int, bytes_per_row: int) -> list[tuple[int, int]]:

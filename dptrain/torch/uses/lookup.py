@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..layout import Placement
 from .base import Rule, Size, widen
-from .gram import gamma
+from .gram import SLACK, gamma
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class Lookup(Rule):
         squared = (gram * same).sum(2).sum(1)
         spread = torch.einsum("bt,bts,bs->b", length, same.to(length.dtype), length)
         terms = gradient.shape[2] + 2 * gradient.shape[1] + 2
-        return squared, gamma(terms, gradient.dtype) * spread
+        bound = SLACK * gamma(terms, gradient.dtype) * spread
+        return squared, bound + same[0].numel() * terms * torch.finfo(gradient.dtype).tiny
 
     def example_gradients(self, value, a, g, layout, batch_size, out=None):
         indices, gradient = self.picked(a, g, layout, batch_size)

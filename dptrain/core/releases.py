@@ -1,0 +1,128 @@
+"""What a run releases: on record before it exists for anyone, repeated bit for bit or paid for again.
+
+A step may be taken twice: the process dies after its release, and goes on from the checkpoint before. Either
+the second time is the first one again, bit for bit, and free; or nothing of the first is used again, and it
+is paid for. The same noise on a different sum would tell the difference of the sums.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dptrain.core import accounting
+from dptrain.core.entropy import Key
+from dptrain.core.ledger import Ledger
+from dptrain.core.mechanism import Mechanism
+from dptrain.core.spec import StepSpec
+
+Numbers = Callable[[], Mapping[str, npt.NDArray[Any]]]
+"""A noisy gradient by parameter name, brought to the host when it is asked for."""
+
+
+class NotTheSame(Exception):
+    """A repeated step came out with other bits: on another machine, with other libraries, or after others."""
+
+
+class Releases:
+    """The releases of one run on its ledger, and the key that they are drawn with.
+
+    Attributes:
+        key: that samples and noise of the next steps are derived from.
+        repeats: whether lost steps are repeated bit for bit, if they can be.
+    """
+
+    def __init__(self, mechanism: Mechanism, ledger: Ledger, key: Key, *, repeats: bool) -> None:
+        if ledger.neighbours != mechanism.neighbours:
+            raise ValueError(
+                f"the ledger's releases are accounted under '{ledger.neighbours}', and the mechanism's under "
+                f"'{mechanism.neighbours}': use a ledger of its own."
+            )
+        self.key, self.repeats = key, repeats
+        self._mechanism, self._ledger, self._first_key = mechanism, ledger, key
+        self._planned = Counter[StepSpec]()
+        for spec, count in mechanism.segments:
+            self._planned[spec] += count
+        self._made = Counter(release.spec for release in ledger.releases)
+        self._known = _fingerprints(ledger) if repeats else {}
+
+    def may_go_on(self, index: int) -> bool:
+        """Whether the mechanism has a step of this index, and it can be afforded."""
+        if index >= self._mechanism.steps:
+            return False
+        return index in self._known or self._is_covered(self._mechanism.step(index))
+
+    def before(self, index: int, spec: StepSpec, numbers: Numbers) -> None:
+        """Put a release on record that is about to be made; on disk when this returns.
+
+        Args:
+            index: of the step, from 0.
+            numbers: what is about to be released.
+
+        Raises:
+            NotTheSame: with a key that lost steps are repeated with, this one came out otherwise. Nothing
+                was recorded, and nothing of it may be used: call `draw_afresh`.
+            RuntimeError: it would cost more than the mechanism does.
+            OSError: it cannot be put on record.
+        """
+        mark = fingerprint(numbers()) if self.repeats else None
+        if index in self._known:
+            if mark in self._known[index]:
+                return  # it has been paid for
+            raise NotTheSame
+        if not self._is_covered(spec):
+            raise RuntimeError("a step would cost more than the run may spend; it was not released.")
+        self._ledger.append(index, spec, mark)
+        self._made[spec] += 1
+
+    def draw_afresh(self) -> None:
+        """Go on with a key that no release was drawn with."""
+        self._known = {}
+        number = len(self._ledger.releases)  # grows with each release: none was drawn with this child
+        own = self._first_key
+        self.key = own.child("afresh", number) if own.reproducible else Key.from_entropy()
+
+    def _is_covered(self, spec: StepSpec) -> bool:
+        """Whether one more release of `spec` costs, with all on record, at most what the mechanism does.
+
+        Releases that were lost with the steps they led to are paid for all the same: a run that repeats
+        steps with fresh randomness ends earlier.
+        """
+        if spec.noise_multiplier == 0 and self._planned[spec]:
+            return True  # there is nothing to spend
+        if self._made[spec] < self._planned[spec] and self._made <= self._planned:
+            return True
+        delta = self._mechanism.delta
+        if self._mechanism.is_constant or delta is None:
+            return False
+        segments = accounting.merge([*self._ledger.segments, (spec, 1)])
+        cost = accounting.epsilon(segments, delta, self._mechanism.neighbours)
+        return cost <= self._mechanism.epsilon(delta)
+
+
+def fingerprint(gradient: Mapping[str, npt.NDArray[Any]]) -> str:
+    """SHA-256 of all names, types, shapes and bits, in hexadecimal.
+
+    It is computed from what is released, so it may be published.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(gradient):
+        numbers = np.ascontiguousarray(gradient[name])
+        digest.update(json.dumps([name, str(numbers.dtype), list(numbers.shape)]).encode())
+        digest.update(numbers.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _fingerprints(ledger: Ledger) -> dict[int, set[str]]:
+    """By step: what has been released, as far as it can be known again."""
+    found: dict[int, set[str]] = {}
+    for release in ledger.releases:
+        if release.fingerprint is not None:
+            found.setdefault(release.step, set()).add(release.fingerprint)
+    return found

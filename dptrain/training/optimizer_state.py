@@ -1,0 +1,45 @@
+"""What a torch optimizer and its schedule remember, as tensors and JSON-able numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+Tensors = dict[str, torch.Tensor]
+
+
+def optimizer_state(optimizer: Optimizer, schedule: LRScheduler) -> tuple[Tensors, dict[str, Any]]:
+    """(tensors by "parameter index/name", everything else)."""
+    tensors: Tensors = {}
+    numbers: dict[str, Any] = {}
+    state = optimizer.state_dict()
+    for index, own in state["state"].items():
+        for name, value in own.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{index}/{name}"] = value
+            else:
+                numbers[f"{index}/{name}"] = value
+    rates = [group["lr"] for group in state["param_groups"]]
+    return tensors, {"state": numbers, "rates": rates, "schedule": _plain(schedule.state_dict())}
+
+
+def restore_optimizer(
+    optimizer: Optimizer, schedule: LRScheduler, tensors: Tensors, numbers: dict[str, Any]
+) -> None:
+    """Give an optimizer of the same making what `optimizer_state` took."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **numbers["state"]}.items():
+        index, _, name = key.partition("/")
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    schedule.load_state_dict(numbers["schedule"] | {"lr_lambdas": [None] * len(optimizer.param_groups)})
+    for group, rate in zip(optimizer.param_groups, numbers["rates"], strict=True):
+        group["lr"] = rate
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    """Without the functions that a schedule was made of."""
+    return {name: value for name, value in state.items() if name != "lr_lambdas"}
