@@ -34,19 +34,30 @@ def sees(test: Callable[[], None]) -> bool:
     return False
 
 
-CASES = [
-    pytest.param(fault, engine, id=f"{fault.name}-{engine}")
-    for fault in FAULTS.values()
-    for engine in fault.engines
-]
+EVERY = [(fault, engine) for fault in FAULTS.values() for engine in fault.engines]
+
+
+def named(cases: list[tuple[Fault, str]]) -> pytest.MarkDecorator:
+    ids = [f"{fault.name}-{engine}" for fault, engine in cases]
+    return pytest.mark.parametrize(("fault", "engine"), cases, ids=ids)
 
 
 def test_there_are_at_least_twenty_faults():
     assert len(FAULTS) >= 20 and all(fault.caught_by for fault in FAULTS.values())
 
 
-@pytest.mark.parametrize(("fault", "engine"), CASES)
+@named([(fault, engine) for fault, engine in EVERY if not (fault.is_shared and engine == "jax")])
 def test_each_is_caught(fault: Fault, engine: str):
+    check(fault, engine)
+
+
+@pytest.mark.slow
+@named([(fault, engine) for fault, engine in EVERY if fault.is_shared and engine == "jax"])
+def test_what_both_engines_share_is_caught_on_the_other_too(fault: Fault, engine: str):
+    check(fault, engine)
+
+
+def check(fault: Fault, engine: str) -> None:
     suite = anew(suite_on(engine))
     with fault.planted(engine):
         for name in fault.caught_by:
@@ -58,7 +69,7 @@ BEYOND_A_RUN = ("nan-spreads", "mixing-is-not-seen", "anything-is-released", "no
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("fault", "engine"), CASES)
+@named(EVERY)
 def test_each_is_caught_in_a_run_of_the_command_too(fault: Fault, engine: str):
     from .training_subjects import Training
 
