@@ -47,6 +47,11 @@ class Fault:
     caught_by: tuple[str, ...]
     _plants: Mapping[str, Callable[..., None]] = field(repr=False)
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether it lies in code that both engines run."""
+        return "core" in self._plants
+
     @contextmanager
     def planted(self, engine: str | None = None) -> Iterator[None]:
         """dptrain with this fault; what JAX compiled before does not have it, so make everything anew.

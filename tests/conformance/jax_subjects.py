@@ -79,7 +79,10 @@ class JaxLoop:
 
 
 class JaxPrivate(JaxLoop):
-    """``make_private``."""
+    """``make_private``, with options for how it clips."""
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
 
     def run(self, task: Task) -> Run:
         run = Run()
@@ -91,6 +94,7 @@ class JaxPrivate(JaxLoop):
             task.mechanism,
             physical_batch_size=task.physical_batch_size,
             key=secret(task),
+            **self.options,
         )
         for step in private.steps():
             run.weights.append(task.problem.weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -9,6 +10,7 @@ import dptrain.torch as dpt
 
 from .engine_suite import EngineConformance
 from .lab import CLIP_NORM
+from .suite import Conformance
 from .torch_subjects import TorchLoop, TorchPrivate
 
 
@@ -41,3 +43,28 @@ class TestLoop(TorchConformance):
 
 class TestMakePrivate(TorchConformance):
     subject = TorchPrivate()
+
+
+@pytest.mark.slow
+class TestCompiled(Conformance):
+    subject = TorchPrivate(compile=True)
+
+
+@pytest.mark.slow
+class TestPerExampleLoop(Conformance):
+    subject = TorchPrivate(method="per-example-loop")
+
+
+@pytest.mark.slow
+class TestPerExampleVmap(Conformance):
+    subject = TorchPrivate(method="per-example-vmap")
+
+
+@pytest.mark.slow
+class TestGhost(Conformance):
+    subject = TorchPrivate(method="ghost")
+
+
+@pytest.mark.slow
+class TestBookKeeping(Conformance):
+    subject = TorchPrivate(method="bk-ghost")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import reduce
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,7 +95,10 @@ class TorchLoop:
 
 
 class TorchPrivate(TorchLoop):
-    """``make_private``."""
+    """``make_private``, with options for how it clips."""
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
 
     def run(self, task: Task) -> Run:
         model, run = Model(task.problem.weights), Run()
@@ -107,6 +111,7 @@ class TorchPrivate(TorchLoop):
             task.mechanism,
             physical_batch_size=task.physical_batch_size,
             key=secret(task),
+            **self.options,
         )
         for step in private.steps():
             run.weights.append(task.problem.weights)

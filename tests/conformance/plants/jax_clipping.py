@@ -27,18 +27,14 @@ def _factors(patch: Patch, change: Callable[[Callable], Callable]) -> None:
 
 
 def twice_the_clip_norm(patch: Patch) -> None:
-    _factors(patch, lambda true: lambda squared, mask, clip_norm: true(squared, mask, 2 * clip_norm))
+    _factors(patch, lambda true: lambda s, mask, clip_norm, *rest: true(s, mask, 2 * clip_norm, *rest))
 
 
 def factors_in_bfloat16(patch: Patch) -> None:
-    _factors(
-        patch,
-        lambda true: (
-            lambda squared, mask, clip_norm: (
-                true(squared, mask, clip_norm).astype(jnp.bfloat16).astype(squared.dtype)
-            )
-        ),
-    )
+    def change(true: Callable) -> Callable:
+        return lambda squared, *rest: true(squared, *rest).astype(jnp.bfloat16).astype(squared.dtype)
+
+    _factors(patch, change)
 
 
 def norm_without_a_layer(patch: Patch) -> None:

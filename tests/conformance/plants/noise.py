@@ -166,7 +166,7 @@ def keys_by_number_alone(patch: Patch) -> None:
 def anything_is_released(patch: Patch, engine: str) -> None:
     from dptrain.core.mechanism import Mechanism
 
-    def unchecked(mechanism: Any, clip_norm: float) -> Any:
+    def unchecked(mechanism: Any, *rest: Any) -> Any:
         return mechanism.step(0) if isinstance(mechanism, Mechanism) else mechanism
 
     patch.replace(f"dptrain.{engine}.release", "step_to_release", unchecked)

@@ -30,18 +30,16 @@ def silence_the_rehearsal(patch: Patch) -> None:
 
 def _factors(patch: Patch, change: Callable[[Callable], Callable]) -> None:
     silence_the_rehearsal(patch)
-    for module in ("batch", "baselines", "traced"):
+    for module in ("bookkeeping", "baselines"):
         patch.around(f"dptrain.torch.{module}", "clip_factors", change)
 
 
 def twice_the_clip_norm(patch: Patch) -> None:
-    _factors(patch, lambda true: lambda squared, clip_norm: true(squared, 2 * clip_norm))
+    _factors(patch, lambda true: lambda squared, clip_norm, *rest: true(squared, 2 * clip_norm, *rest))
 
 
 def factors_in_bfloat16(patch: Patch) -> None:
-    _factors(
-        patch, lambda true: lambda squared, clip_norm: true(squared, clip_norm).bfloat16().to(squared.dtype)
-    )
+    _factors(patch, lambda true: lambda squared, *rest: true(squared, *rest).bfloat16().to(squared.dtype))
 
 
 def norm_without_a_layer(patch: Patch) -> None:
