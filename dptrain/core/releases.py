@@ -135,12 +135,13 @@ def releases_of(mechanism: Mechanism, ledger: Ledger | None, key: Key | None, ta
     """
     if key is not None and not isinstance(key, Key):
         raise TypeError("key must be a dptrain.core.entropy.Key: Key.from_entropy() makes one.")
-    taken = checks.whole("taken", taken, minimum=0)
-    if taken > (0 if ledger is None else len(ledger.releases)):
+    repeats = key is not None and ledger is not None
+    releases = Releases(mechanism, ledger, key or Key.from_entropy(), repeats=repeats)
+    if checks.whole("taken", taken, minimum=0) > releases.count:
         raise ValueError(
             f"{taken} steps were taken, but the ledger has fewer releases: pass the ledger that they are on."
         )
-    return Releases(mechanism, ledger, key or Key.from_entropy(), repeats=bool(key and ledger))
+    return releases
 
 
 def fingerprint(gradient: Mapping[str, npt.NDArray[Any]]) -> str:
