@@ -109,6 +109,9 @@ class TrainConfig:
     """Each example's gradient is scaled down to at most this L2 norm."""
     method: str = "auto"
     """How per-example gradients are clipped; non-private turns clipping and noise off."""
+    hardened: bool = False
+    """Sum on an integer grid and add exactly sampled rounded noise (docs/noise.md): nothing of floating point
+    is left between clipping and noise. Methods that keep the gradient of each example, PyTorch engine."""
     dataset_name: str | None = None
     """The name under which the ledger adds up what is released from the same data; by default --data."""
     restart: RestartName = "afresh"
@@ -266,6 +269,9 @@ def _check(config: TrainConfig) -> None:
         raise ConfigError(
             "--compile is for --engine torch; the JAX engine compiles every step: leave it out."
         )
+    if config.hardened and (config.engine == "jax" or config.compile or config.method == "non-private"):
+        other = "--engine jax" if config.engine == "jax" else "--compile" if config.compile else "non-private"
+        raise ConfigError(f"--hardened is for private, uncompiled steps of --engine torch, not for {other}.")
     if config.seed is not None and config.seed < 0:
         raise ConfigError(
             f"--seed is {config.seed}: give a number of at least 0, or leave it out for secure randomness."

@@ -97,7 +97,7 @@ class TorchLearner:
     def get_ready(self, compiles: Callable[[], None]) -> tuple[int, list[Trial]]:
         run, config = self.run, self.run.config
         run.learner.train()
-        options = {"clip_norm": config.clip_norm, "method": run.method}
+        options = {"clip_norm": config.clip_norm, "method": run.method, "grid": run.mechanism.grid}
         clipped = dpt.clipped_grad(run.learner, make_loss(run), **options)
         size, trials = config.physical_batch_size, []
         if size == "auto":  # measured uncompiled: to compile each size would take minutes

@@ -76,6 +76,7 @@ VARIANTS = [
     {"model": "mlp", "weight_average": 0.9, "optimizer": "sgd", "method": "auto"},
     {"model": "lenet", "image_size": 28, "trainable": "head", "cache_features": True},
     {"method": "non-private"},
+    {"model": "mlp", "hardened": True},
     {"engine": "jax", "model": "mlp", "optimizer": "adam", "lr": 1e-2, "weight_average": 0.9},
 ]
 
