@@ -54,6 +54,7 @@ class Lab:
 
     def run(self, problem: Any, physical: int = PHYSICAL, seed: int | None = None, **changes: Any) -> Run:
         own = mechanism(self.size, self.subject.slack, **changes)
+        own = own.hardened() if self.subject.hardened else own
         return self.subject.run(Task(problem, own, physical, seed))
 
     # ------------------------------------------------------------------------------------------- runs

@@ -50,6 +50,7 @@ class Run:
 
 class Subject(Protocol):
     slack: float  #: L over q N
+    hardened: bool  #: whether its mechanisms are
 
     def problem(self) -> Problem:
         """Ordinary examples."""

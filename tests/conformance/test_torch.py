@@ -45,6 +45,12 @@ class TestMakePrivate(TorchConformance):
     subject = TorchPrivate()
 
 
+class TestHardened(Conformance):
+    """Integer sums and rounded noise."""
+
+    subject = TorchPrivate(hardened=True)
+
+
 @pytest.mark.slow
 class TestCompiled(Conformance):
     subject = TorchPrivate(compile=True)

@@ -56,6 +56,7 @@ class TorchLoop:
     """``clipped_grad`` and ``privatize`` in a loop of one's own: sums are added, nothing is given away."""
 
     slack = 1.005  #: which make_private lets pass
+    hardened = False
 
     def problem(self) -> Autoencoder:
         return Autoencoder()
@@ -97,8 +98,8 @@ class TorchLoop:
 class TorchPrivate(TorchLoop):
     """``make_private``, with options for how it clips."""
 
-    def __init__(self, **options: Any) -> None:
-        self.options = options
+    def __init__(self, hardened: bool = False, **options: Any) -> None:
+        self.hardened, self.options = hardened, options
 
     def run(self, task: Task) -> Run:
         model, run = Model(task.problem.weights), Run()

@@ -50,6 +50,7 @@ class Training:
     """A run from a configuration to its folder."""
 
     slack = 1.0  #: L is q N
+    hardened = False
 
     def __init__(self, engine: str) -> None:
         self.engine = engine
