@@ -7,6 +7,9 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
+
+from dptrain.core import files
 
 
 class Remembered:
@@ -61,6 +64,12 @@ def processor() -> str:
 def _read(path: Path | None) -> dict[str, float]:
     if path is None:
         return {}
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        return {k: float(v) for k, v in json.loads(path.read_text()).items()}
-    return {}
+    try:
+        found = files.read_json(path)
+    except files.Unreadable:
+        return {}
+    return {k: float(v) for k, v in found.items() if _is_time(v)} if isinstance(found, dict) else {}
+
+
+def _is_time(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < float("inf")

@@ -143,8 +143,8 @@ def _load_tokenizer(source: str) -> Any:
             "Texts need the package transformers; install it with `pip install 'dptrain[transformers]'`."
         ) from error
     try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # of files of any content
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise DataError(
             f"There is no tokenizer {source!r} ({reason}); name one with --tokenizer, on the Hugging Face "

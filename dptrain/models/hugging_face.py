@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dptrain.core.files import Unreadable, read_json
 from dptrain.models.errors import ModelError
 from dptrain.models.footprint import require_room
 from dptrain.models.hugging_face_inputs import LOSSES, random_batch
 from dptrain.models.transformers_classifier import PREFIX as HUB
 from dptrain.models.transformers_classifier import read_config
+from dptrain.models.weights import read_tensors
 
 if TYPE_CHECKING:
     from dptrain.models.subjects import Choices
@@ -161,9 +162,12 @@ def _for_model(model_type: str, **settings: Any) -> Any:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ModelError(f"{path} is no readable configuration ({error}).") from error
+        found = read_json(path)
+        if not isinstance(found, dict):
+            raise Unreadable("does not hold a table of settings")
+    except Unreadable as error:
+        raise ModelError(f"{path} {error}; name a configuration of transformers.") from error
+    return found
 
 
 def _overrides(texts: tuple[str, ...], default: Any, model_type: str) -> dict[str, Any]:
@@ -224,10 +228,9 @@ def _kind(name: str, config: Any) -> str:
 
 
 def _load(model: nn.Module, path: Path) -> None:
-    if not path.is_file():
-        raise ModelError(f"There is no weight file {path}; check --weights.")
+    stored = read_tensors(path, model)
     try:
-        missing = model.load_state_dict(load_file(path), strict=False).missing_keys
+        missing = model.load_state_dict(stored, strict=False).missing_keys
     except Exception as error:
         raise ModelError(f"{path} does not fit this model: {_first_line(error)}.") from error
     tied = getattr(model, "all_tied_weights_keys", None) or {}

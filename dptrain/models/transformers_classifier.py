@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from dptrain.core.files import Unreadable, read_json
 from dptrain.models.errors import ModelError
 from dptrain.models.weights import WeightReport
 
@@ -33,9 +35,13 @@ def is_huggingface(name: str) -> bool:
 def read_config(name: str, **changes: Any) -> Any:
     """The configuration behind `hf:NAME_OR_PATH`. Raises ModelError if there is none."""
     source = name.removeprefix(PREFIX)
+    auto = _transformers().AutoConfig
     try:
-        return _transformers().AutoConfig.from_pretrained(source, **changes)
-    except (OSError, ValueError, KeyError) as error:
+        if (local := Path(source) / "config.json").exists() and not isinstance(read_json(local), dict):
+            raise Unreadable("its config.json holds no table of settings")
+        # Not to be asked: code that lies beside a configuration is never run.
+        return auto.from_pretrained(source, trust_remote_code=False, **changes)
+    except Exception as error:  # a configuration's own checks raise what they like
         raise ModelError(
             f"There is no model {name!r} ({_first_line(error)}); give a name on the Hugging Face hub, or "
             "a folder with a config.json."
@@ -67,7 +73,7 @@ def build_huggingface(
             "another --model, or other --data."
         )
     if not pretrained:
-        return auto.from_config(config, dtype=torch.float32), None
+        return auto.from_config(config, dtype=torch.float32, trust_remote_code=False), None
     try:
         model, loaded = auto.from_pretrained(
             name.removeprefix(PREFIX),
@@ -75,6 +81,8 @@ def build_huggingface(
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            trust_remote_code=False,
+            use_safetensors=True,  # the other formats are pickles
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(

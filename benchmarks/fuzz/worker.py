@@ -1,0 +1,99 @@
+"""A process that feeds inputs of one target, and tells of each before it begins."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import resource
+import signal
+import struct
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from benchmarks.fuzz.target import Result, Target, judge, place
+from benchmarks.fuzz.targets import TARGETS
+
+MEMORY_BYTES = 3 << 29
+"""What one input may take beyond what the libraries have."""
+LIMIT_S = 20.0
+"""Wall-clock, per input: generous, for machines that others use too."""
+KEPT = 5  # inputs that are kept of each kind of bug
+
+
+class Hang(BaseException):
+    """An input has taken too long."""
+
+
+def _too_long(signum: int, frame: FrameType | None) -> None:
+    raise Hang
+
+
+def limit_memory(more: int = MEMORY_BYTES) -> None:
+    """Let the process have `more` bytes beside what it has."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + more
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def one(target: Target, given: Any, scratch: Path, limit_s: float = LIMIT_S) -> Result:
+    """`judge` under a time limit."""
+    signal.signal(signal.SIGALRM, _too_long)
+    signal.setitimer(signal.ITIMER_REAL, limit_s)
+    try:
+        return judge(target, given, scratch)
+    except Hang as error:
+        return Result("bug", "hang", f"more than {limit_s:g} s", place(error))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def main(name: str, seed: int, first: int, last: int, step: int, out: Path) -> None:
+    """Feed inputs first, first + step, ... below last; results go to files in `out` as they come."""
+    target = TARGETS[name]
+    counts: Counter[str] = Counter()
+    kept: Counter[tuple[str, str]] = Counter()
+    os.nice(10)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    warnings.simplefilter("error")
+    (out / "bugs").mkdir(parents=True, exist_ok=True)
+    progress = out / f"progress-{first % step}"
+    with tempfile.TemporaryDirectory(prefix="fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+        scratch = Path(folder)
+        limit_memory()
+        with progress.open("wb", buffering=0) as at:
+            for done, number in enumerate(range(first, last, step)):
+                at.seek(0)
+                at.write(struct.pack("<Q", number))
+                given = target.input(seed, number)
+                result = one(target, given, scratch)
+                counts[result.verdict] += 1
+                if result.verdict == "refused":
+                    counts[f"refused: {result.kind}"] += 1
+                if result.verdict == "bug":
+                    counts[f"bug: {result.kind}"] += 1
+                    kept[result.kind, result.place] += 1
+                    if kept[result.kind, result.place] <= KEPT:
+                        keep(out, name, seed, number, given, result)
+                if done % 500 == 0:
+                    gc.collect()
+                    (out / f"counts-{first % step}.json").write_text(json.dumps([number, counts]))
+        (out / f"counts-{first % step}.json").write_text(json.dumps([last, counts]))
+
+
+def keep(out: Path, name: str, seed: int, number: int, given: Any, result: Result) -> None:
+    """Write down a bug so that it can be replayed."""
+    about = {"target": name, "seed": seed, "number": number, "kind": result.kind, "place": result.place,
+             "told": result.told[:2000], "input": repr(given)[:4000]}  # fmt: skip
+    (out / "bugs" / f"{name}-{number}.json").write_text(json.dumps(about, indent=1))
+
+
+if __name__ == "__main__":
+    name, seed, first, last, step, out = sys.argv[1:]
+    main(name, int(seed), int(first), int(last), int(step), Path(out))
