@@ -80,6 +80,15 @@ def _near_start(chance: random.Random, end: int) -> int:
 
 
 INJURIES: tuple[Callable[[random.Random, bytearray, Sequence[bytes]], None], ...] = (
-    _flip_bits, _flip_bits, _set_bytes, _cut, _remove, _repeat, _insert_noise, _splice,
-    _extreme_length, _extreme_length, _noise,
-)  # fmt: skip
+    _flip_bits,
+    _flip_bits,
+    _set_bytes,
+    _cut,
+    _remove,
+    _repeat,
+    _insert_noise,
+    _splice,
+    _extreme_length,
+    _extreme_length,
+    _noise,
+)

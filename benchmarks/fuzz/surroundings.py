@@ -7,8 +7,18 @@ import random
 import shutil
 from pathlib import Path
 
-KINDS = ("file",) * 60 + ("absent", "folder", "link-to-nothing", "link-to-itself", "link", "fifo", "zero", "empty",
-         "sparse", "huge")  # fmt: skip
+KINDS = ("file",) * 60 + (
+    "absent",
+    "folder",
+    "link-to-nothing",
+    "link-to-itself",
+    "link",
+    "fifo",
+    "zero",
+    "empty",
+    "sparse",
+    "huge",
+)
 HUGE_BYTES = {"sparse": 1 << 31, "huge": 1 << 42}
 
 

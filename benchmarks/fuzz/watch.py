@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import struct
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
+from benchmarks.fuzz import worker
 from benchmarks.fuzz.target import Result, Target
 from benchmarks.fuzz.worker import LIMIT_S, keep
 
@@ -33,16 +35,13 @@ class Share:
     step: int
     out: Path
 
-    def start(self, first: int) -> subprocess.Popen[bytes]:
+    def start(self, first: int) -> BaseProcess:
         self.progress.write_bytes(struct.pack("<Q", first))
-        arguments = [self.target.name, self.seed, first, self.last, self.step, self.out]
-        with (self.out / f"said-{self.place}.log").open("ab") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.fuzz.worker", *map(str, arguments)],
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-            )
+        log = self.out / f"said-{self.place}.log"
+        arguments = (log, self.target.name, self.seed, first, self.last, self.step, self.out)
+        process = _context().Process(target=worker.alone, args=arguments)
+        process.start()
+        return process
 
     @property
     def place(self) -> int:
@@ -71,25 +70,34 @@ def run(target: Target, seed: int, inputs: int, processes: int, out: Path) -> di
     while working:
         time.sleep(0.2)
         for place, (share, process) in list(working.items()):
-            ended = process.poll() is not None
+            ended = not process.is_alive()
             held_up = time.time() - os.stat(share.progress).st_mtime > LIMIT_S + GRACE_S
             if not ended and not held_up:
                 continue
             if not ended:
                 process.kill()
-                process.wait()
+            process.join()
             total += share.counts()
             (share.out / f"counts-{place}.json").unlink(missing_ok=True)
             del working[place]
-            if process.returncode == 0:
+            if process.exitcode == 0:
                 continue
-            number, kind = share.at, "hang" if not ended else f"crash ({process.returncode})"
+            number, kind = share.at, "hang" if not ended else f"crash ({process.exitcode})"
             total += Counter({"bug": 1, f"bug: {kind}": 1})
-            keep(out, target.name, seed, number, target.input(seed, number), Result("bug", kind, "", "outside"))
+            keep(
+                out, target.name, seed, number, target.input(seed, number), Result("bug", kind, "", "outside")
+            )
             deaths += 1
             if number + share.step < inputs and deaths < TRIES:
                 working[place] = (share, share.start(number + share.step))
     return dict(total)
+
+
+def _context() -> Any:
+    """Forked from a server that has only imported the libraries, which takes a while."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.fuzz.worker"])
+    return context
 
 
 def shared_out(targets: Mapping[str, Target], inputs: int) -> dict[str, int]:

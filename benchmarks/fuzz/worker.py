@@ -8,7 +8,6 @@ import os
 import resource
 import signal
 import struct
-import sys
 import tempfile
 import warnings
 from collections import Counter
@@ -64,7 +63,9 @@ def main(name: str, seed: int, first: int, last: int, step: int, out: Path) -> N
     warnings.simplefilter("error")
     (out / "bugs").mkdir(parents=True, exist_ok=True)
     progress = out / f"progress-{first % step}"
-    with tempfile.TemporaryDirectory(prefix="fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+    with tempfile.TemporaryDirectory(
+        prefix="fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None
+    ) as folder:
         scratch = Path(folder)
         limit_memory()
         with progress.open("wb", buffering=0) as at:
@@ -82,18 +83,30 @@ def main(name: str, seed: int, first: int, last: int, step: int, out: Path) -> N
                     if kept[result.kind, result.place] <= KEPT:
                         keep(out, name, seed, number, given, result)
                 if done % 500 == 0:
-                    gc.collect()
+                    if done % 2000 == 0:
+                        gc.collect()
                     (out / f"counts-{first % step}.json").write_text(json.dumps([number, counts]))
         (out / f"counts-{first % step}.json").write_text(json.dumps([last, counts]))
 
 
 def keep(out: Path, name: str, seed: int, number: int, given: Any, result: Result) -> None:
     """Write down a bug so that it can be replayed."""
-    about = {"target": name, "seed": seed, "number": number, "kind": result.kind, "place": result.place,
-             "told": result.told[:2000], "input": repr(given)[:4000]}  # fmt: skip
+    about = {
+        "target": name,
+        "seed": seed,
+        "number": number,
+        "kind": result.kind,
+        "place": result.place,
+        "told": result.told[:2000],
+        "input": repr(given)[:4000],
+    }
     (out / "bugs" / f"{name}-{number}.json").write_text(json.dumps(about, indent=1))
 
 
-if __name__ == "__main__":
-    name, seed, first, last, step, out = sys.argv[1:]
-    main(name, int(seed), int(first), int(last), int(step), Path(out))
+def alone(log: Path, *arguments: Any) -> None:
+    """`main` in a process of its own, which writes to a log and reads nothing."""
+    with log.open("ab") as file, open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    main(*arguments)

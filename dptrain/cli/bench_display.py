@@ -55,7 +55,9 @@ def watched(console: Console, cases: Sequence[Case], folder: Path) -> list[Recor
         except KeyboardInterrupt:
             progress.stop()
             console.print(
-                f"Interrupted; {len(finished)} records are in {folder / 'records'}, and the next run goes on."
+                escape(
+                    f"Interrupted; {len(finished)} records are in {folder / 'records'}. The next run goes on."
+                )
             )
             raise
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
+from dptrain.cli.terminal import Terminal
 from dptrain.core import budget
 
 BAD_INPUT_ERRORS: tuple[type[Exception], ...] = (ValueError, TypeError)
@@ -78,8 +78,8 @@ def _privacy(
     table.add_column(overflow="fold")
     for name, value in described.items():
         table.add_row(name, value)
-    Console().print(f"[bold]{_answer(answer)}[/]")
-    Console().print(table)
+    Terminal().print(f"[bold]{_answer(answer)}[/]")
+    Terminal().print(table)
     return 0
 
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
-from rich.console import Console
 
 from dptrain.cli.display import RunDisplay, show_outcome
 from dptrain.cli.errors import BAD_INPUT_ERRORS
+from dptrain.cli.terminal import Terminal
 from dptrain.recipes import RECIPES, recipe
 from dptrain.report import draw_curves
 from dptrain.training import ConfigError, TrainConfig, read_config, train
@@ -25,7 +25,7 @@ INTERRUPTED = 130
 def run(arguments: Sequence[str]) -> int:
     """Train as the flags say, over a recipe or a configuration file, over the defaults."""
     config = parse(arguments)
-    console = Console()
+    console = Terminal()
     with RunDisplay(console, config) as display:
         outcome = train(config, display)
     folder = outcome.folder.path

@@ -22,7 +22,9 @@ def number(name: str, value: Any) -> float:
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a number, but it is {shown(value)}; give a real number.") from None
     except OverflowError:
-        raise ValueError(f"{name} must be finite, and is too large for a float; give a smaller number.") from None
+        raise ValueError(
+            f"{name} must be finite, and is too large for a float; give a smaller number."
+        ) from None
     if not math.isfinite(result):
         raise ValueError(f"{name} must be finite, but it is {result}; give a finite number.")
     return result
@@ -78,7 +80,9 @@ def whole(name: str, value: Any, *, minimum: int = 1) -> int:
     try:
         result = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be a whole number, but it is {shown(value)}; give an integer.") from None
+        raise TypeError(
+            f"{name} must be a whole number, but it is {shown(value)}; give an integer."
+        ) from None
     if result < minimum:
         raise ValueError(f"{name} must be at least {minimum}, but it is {result}; give a larger number.")
     return result

@@ -16,6 +16,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2 import functional
 
 from dptrain.core.files import MIB, Unreadable, size_of
+from dptrain.core.printable import reason
 from dptrain.data.preprocess import Preprocess
 from dptrain.data.protocol import Batch, DataError, blank
 
@@ -44,7 +45,7 @@ class _Decoder(torch.utils.data.Dataset):
         return decode(path, self.image_size), label
 
     def __getitems__(self, indices: list[int]) -> Batch | DataError:
-        """A batch, or why there is none: an error that is raised in a worker comes with its traceback as text."""
+        """A batch, or why there is none: an error raised in a worker would come with its traceback."""
         try:
             return default_collate([self[index] for index in indices])
         except DataError as error:
@@ -164,8 +165,7 @@ def _readable(path: str) -> Iterator[None]:
             f"{path} is not a readable image of a known format ({', '.join(FORMATS)}); repair or remove it."
         ) from error
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise DataError(f"{path} is not a readable image ({reason}); repair or remove it.") from error
+        raise DataError(f"{path} is not a readable image ({reason(error)}); repair or remove it.") from error
 
 
 def square(image: torch.Tensor, size: int) -> torch.Tensor:

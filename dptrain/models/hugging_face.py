@@ -10,6 +10,7 @@ import difflib
 import functools
 import importlib.util
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +52,7 @@ ENDINGS = {
 
 def knows(name: str) -> bool:
     """Whether `name` is to be built here: a type, a class, a configuration, or anything prefixed."""
-    if name.startswith((PREFIX, HUB)) or (Path(name).is_dir() and (Path(name) / "config.json").is_file()):
+    if name.startswith((PREFIX, HUB)) or os.path.isfile(Path(name) / "config.json"):
         return True
     if name.endswith(".json"):
         return True
@@ -138,7 +139,7 @@ def _config(name: str, named: Any, choices: Choices) -> Any:
 
 def _source(name: str, named: Any) -> tuple[str, dict[str, Any]]:
     """(model type, settings that differ from its default)."""
-    path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
+    path = Path(name) / "config.json" if os.path.isdir(name) else Path(name)
     if named is not None:
         return named.config_class.model_type, {}
     if path.suffix == ".json" or name.startswith(HUB):

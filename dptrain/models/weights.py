@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,9 @@ from timm.models import adapt_input_conv
 from torch import nn
 
 from dptrain.core.files import MIB, Unreadable, size_of
+from dptrain.core.printable import reason
 from dptrain.models.errors import ModelError
 from dptrain.models.head import in_head
-
 
 LARGEST_SURPLUS = 1024 * MIB
 """Bytes that a file may have beyond four times the model's: other heads, wider types."""
@@ -93,7 +94,7 @@ def load_weights(model: nn.Module, path: Path | str) -> WeightReport:
 def read_tensors(path: Path | str, model: nn.Module) -> dict[str, torch.Tensor]:
     """The tensors in a safetensors file that is not much larger than `model`. Raises ModelError."""
     own = sum(value.numel() * value.element_size() for value in model.state_dict().values())
-    if not Path(path).exists():
+    if not os.path.exists(path):
         raise ModelError(f"There is no weight file {path}; check --weights.")
     try:
         size_of(path, 4 * own + LARGEST_SURPLUS)
@@ -101,9 +102,8 @@ def read_tensors(path: Path | str, model: nn.Module) -> dict[str, torch.Tensor]:
     except Unreadable as error:
         raise ModelError(f"{path} {error} for this model; check --weights.") from error
     except Exception as error:  # of safetensors, and of torch for types that it does not know
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ModelError(
-            f"{path} is not a readable safetensors file ({reason}); fetch or save it again."
+            f"{path} is not a readable safetensors file ({reason(error)}); fetch or save it again."
         ) from error
 
 
@@ -112,10 +112,9 @@ def _adapt(model: nn.Module, stored: dict[str, torch.Tensor], path: Path | str) 
     try:
         return _adapted(model, stored)
     except Exception as error:  # timm expects the tensors of its own files
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ModelError(
-            f"{path} does not fit this model (to adapt its tensors fails: {reason}); choose the --model that "
-            "the file was saved from."
+            f"{path} does not fit this model (adapting it fails: {reason(error)}); choose the --model "
+            "that the file was saved from."
         ) from error
 
 

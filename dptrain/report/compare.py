@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ def compare_paths(a: Path | str, b: Path | str) -> pd.DataFrame:
     """
     a, b = Path(a), Path(b)
     for path in (a, b):
-        if not path.exists():
+        if not os.path.exists(path):
             raise ReportError(f"{path} does not exist; give two records or two folders of them.")
     if a.is_dir() != b.is_dir():
         raise ReportError("One is a folder and the other a record; give two records or two folders of them.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -127,7 +128,7 @@ def read(path: Path | str) -> Folder:
         ReportError: the folder has neither records nor studies, or a file is damaged.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise ReportError(f"{path} is not a folder; give one that dptrain bench or reproduce wrote.")
     records = {r.id: r for r in map(read_record, sorted((path / "records").glob("*.json")))}
     studies = [_study(file, records) for file in sorted((path / "studies").glob("*.json"))]
@@ -196,7 +197,7 @@ def _json(file: Path) -> dict[str, Any]:
         if not file.is_file():  # a pipe would keep us waiting
             raise ReportError(f"{file} is not a file; remove it.")
         if (size := file.stat().st_size) > LARGEST:
-            raise ReportError(f"{file} has {size:,} bytes, more than the {LARGEST:,} that are read; remove it.")
+            raise ReportError(f"{file} has {size:,} bytes, more than {LARGEST:,} are not read.")
         values = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ReportError(f"{file} cannot be read ({error.strerror}).") from error

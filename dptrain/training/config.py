@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import tomllib
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields, replace
@@ -13,6 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import tyro
 
 from dptrain.core.files import Unreadable, parse_json, read_text
+from dptrain.core.printable import is_printable
 
 OptimizerName = Literal["sgd", "momentum", "adam", "adamw"]
 ScheduleName = Literal["constant", "linear", "cosine"]
@@ -172,7 +174,7 @@ class TrainConfig:
 
 def read_config(path: Path) -> TrainConfig:
     """A configuration from a .json or .toml file."""
-    if not path.exists():
+    if not os.path.exists(path):
         raise ConfigError(f"There is no configuration file {path}; check --config.")
     try:
         text = read_text(path)
@@ -262,7 +264,7 @@ def _is_sound(value: Any) -> bool:
     """Whether a number can be reckoned with, and a text or a path be printed and given to the system."""
     if isinstance(value, int | float):
         return abs(value) < 2**63 and math.isfinite(value)
-    return not isinstance(value, str | Path) or str(value).isprintable()
+    return not isinstance(value, str | Path) or is_printable(str(value))
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -24,8 +24,14 @@ def idx(*shape: int, content: bytes | None = None) -> bytes:
     return header + (bytes(i % 10 for i in range(size)) if content is None else content)
 
 
-IMAGES = (idx(3, 28, 28), idx(1, 2, 2), idx(0, 28, 28), idx(3, 0, 28), idx(2**31 - 1, 2**31 - 1, 2**31 - 1, content=b""),
-          idx(65_536, 65_536, 1, content=bytes(100)))  # fmt: skip
+IMAGES = (
+    idx(3, 28, 28),
+    idx(1, 2, 2),
+    idx(0, 28, 28),
+    idx(3, 0, 28),
+    idx(2**31 - 1, 2**31 - 1, 2**31 - 1, content=b""),
+    idx(65_536, 65_536, 1, content=bytes(100)),
+)
 LABELS = (idx(3), idx(1), idx(0), idx(2**31 - 1, content=b"\1\2"), idx(3, content=b"\1\2\xff"))
 
 
@@ -53,7 +59,15 @@ def _read_labels(path: Path) -> None:
 
 def _cifar(label_bytes: int) -> tuple[bytes, ...]:
     record = bytes(label_bytes) + bytes(range(256)) * 12
-    return record * 3, record, record[:-1], record + b"\0", b"", bytes([255]) * len(record), bytes(len(record) * 9)
+    return (
+        record * 3,
+        record,
+        record[:-1],
+        record + b"\0",
+        b"",
+        bytes([255]) * len(record),
+        bytes(len(record) * 9),
+    )
 
 
 def _read_cifar(source, path: Path) -> None:

@@ -13,26 +13,130 @@ from benchmarks.fuzz.target import Target, Wrong
 from dptrain import cli
 from dptrain.training import TrainConfig
 
-GOOD = ("1", "0", "-1", "0.5", "3", "8", "1e-5", "1e5", "auto", "all", "head", "fp32", "bf16", "cpu", "torch", "jax",
-        "digits", "linear", "vit-tiny", "adam", "True", "throughput", "memory", "accuracy", "fig1", "md", "rdp", "pld",
-        "steps=3", "lr=nan", "=", "a=b=c", "16GB", "1e400GB", "auto jax:auto")  # fmt: skip
+GOOD = (
+    "1",
+    "0",
+    "-1",
+    "0.5",
+    "3",
+    "8",
+    "1e-5",
+    "1e5",
+    "auto",
+    "all",
+    "head",
+    "fp32",
+    "bf16",
+    "cpu",
+    "torch",
+    "jax",
+    "digits",
+    "linear",
+    "vit-tiny",
+    "adam",
+    "True",
+    "throughput",
+    "memory",
+    "accuracy",
+    "fig1",
+    "md",
+    "rdp",
+    "pld",
+    "steps=3",
+    "lr=nan",
+    "=",
+    "a=b=c",
+    "16GB",
+    "1e400GB",
+    "auto jax:auto",
+)
 FLAGS: dict[str, tuple[str, ...]] = {
-    "train": tuple("--" + name.replace("_", "-") for name in TrainConfig().to_dict()) + ("--config", "--recipe"),
+    "train": (
+        *("--" + name.replace("_", "-") for name in TrainConfig().to_dict()),
+        "--config",
+        "--recipe",
+    ),
     "evaluate": ("--data-dir", "--device"),
-    "check": ("--method", "--trainable", "--batch-size", "--image-size", "--length", "--num-classes", "--task",
-              "--config", "--weights", "--convert", "--allow-unused", "--memory", "--device", "--all", "--json"),
-    "bench": ("--method", "--engine", "--model", "--image-size", "--batch-size", "--precision", "--compile",
-              "--channels-last", "--device", "--devices", "--accumulate", "--memory-gib", "--budget-mib", "--seconds",
-              "--seeds", "--set", "--num-classes", "--out", "--list", "compare"),
+    "check": (
+        "--method",
+        "--trainable",
+        "--batch-size",
+        "--image-size",
+        "--length",
+        "--num-classes",
+        "--task",
+        "--config",
+        "--weights",
+        "--convert",
+        "--allow-unused",
+        "--memory",
+        "--device",
+        "--all",
+        "--json",
+    ),
+    "bench": (
+        "--method",
+        "--engine",
+        "--model",
+        "--image-size",
+        "--batch-size",
+        "--precision",
+        "--compile",
+        "--channels-last",
+        "--device",
+        "--devices",
+        "--accumulate",
+        "--memory-gib",
+        "--budget-mib",
+        "--seconds",
+        "--seeds",
+        "--set",
+        "--num-classes",
+        "--out",
+        "--list",
+        "compare",
+    ),
     "reproduce": ("--scale", "--out", "--list", "all", "fig1", "table2"),
     "report": ("--formats",),
-    "privacy": ("--delta", "--epsilon", "--noise-multiplier", "--steps", "--epochs", "--sample-rate",
-                "--logical-batch-size", "--dataset-size", "--accountant", "--as-json"),
-}  # fmt: skip
+    "privacy": (
+        "--delta",
+        "--epsilon",
+        "--noise-multiplier",
+        "--steps",
+        "--epochs",
+        "--sample-rate",
+        "--logical-batch-size",
+        "--dataset-size",
+        "--accountant",
+        "--as-json",
+    ),
+}
 PRIVACY = (
     ["--delta", "1e-5", "--noise-multiplier", "8", "--steps", "20", "--sample-rate", "0.5"],
-    ["--delta", "1e-5", "--epsilon", "3", "--steps", "20", "--logical-batch-size", "8", "--dataset-size", "64"],
-    ["--delta", "1e-5", "--epsilon", "3", "--noise-multiplier", "2", "--sample-rate", "0.25", "--accountant", "rdp"],
+    [
+        "--delta",
+        "1e-5",
+        "--epsilon",
+        "3",
+        "--steps",
+        "20",
+        "--logical-batch-size",
+        "8",
+        "--dataset-size",
+        "64",
+    ],
+    [
+        "--delta",
+        "1e-5",
+        "--epsilon",
+        "3",
+        "--noise-multiplier",
+        "2",
+        "--sample-rate",
+        "0.25",
+        "--accountant",
+        "rdp",
+    ],
 )
 
 
@@ -64,7 +168,9 @@ def _arguments(command: str, chance: random.Random) -> list[str]:
 def _anything(chance: random.Random) -> list[str]:
     if chance.random() < 0.02:
         return [_word(chance) for _ in range(chance.choice((0, 1, 2)))]
-    return _arguments(chance.choice(("train", "train", "evaluate", "check", "bench", "reproduce", "report")), chance)
+    return _arguments(
+        chance.choice(("train", "train", "evaluate", "check", "bench", "reproduce", "report")), chance
+    )
 
 
 def _privacy(chance: random.Random) -> list[str]:
@@ -121,7 +227,8 @@ def _feed(arguments: list[str], scratch: Path) -> None:
     if code == 2:
         if not words.strip():
             raise Wrong("exit code 2 without a word.")
-        raise ValueError(words.split("error:")[-1].strip() if "error:" in words else "It says how it is used.")
+        ours = words.startswith("error:")
+        raise ValueError(words.removeprefix("error:").strip() if ours else "The parser says how it is used.")
 
 
 class _Terminal(io.TextIOWrapper):

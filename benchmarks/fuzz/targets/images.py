@@ -46,11 +46,24 @@ def png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
 PLAIN = (
     *(_saved(mode, "PNG") for mode in ("RGB", "RGBA", "L", "LA", "P", "1", "I;16")),
     *(_saved(mode, "JPEG") for mode in ("RGB", "L", "CMYK")),
-    _saved("RGB", "JPEG", progressive=True, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0"),
-    *(_saved("RGB", "TIFF", compression=c) for c in (None, "tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg")),
-    _saved("RGB", "BMP"), _saved("1", "BMP"), _saved("RGB", "PPM"), _saved("L", "PPM"), _saved("1", "PPM"),
-    _saved("RGB", "WEBP"), _saved("RGBA", "WEBP", lossless=True),
-)  # fmt: skip
+    _saved(
+        "RGB",
+        "JPEG",
+        progressive=True,
+        exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0",
+    ),
+    *(
+        _saved("RGB", "TIFF", compression=c)
+        for c in (None, "tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg")
+    ),
+    _saved("RGB", "BMP"),
+    _saved("1", "BMP"),
+    _saved("RGB", "PPM"),
+    _saved("L", "PPM"),
+    _saved("1", "PPM"),
+    _saved("RGB", "WEBP"),
+    _saved("RGBA", "WEBP", lossless=True),
+)
 STRANGE = (
     _saved("P", "GIF"),
     _saved("RGB", "EPS"),

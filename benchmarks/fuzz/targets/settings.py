@@ -48,7 +48,10 @@ def _toml(chance: random.Random) -> Given:
     tree = trees.changed(chance, chance.choice(CONFIGS))
     if not isinstance(tree, dict):
         tree = {"lr": tree}
-    lines = [f"{json.dumps(str(key)) if chance.random() < 0.2 else key} = {_literal(value)}" for key, value in tree.items()]
+    lines = [
+        f"{json.dumps(str(key)) if chance.random() < 0.2 else key} = {_literal(value)}"
+        for key, value in tree.items()
+    ]
     text = "\n".join(lines).replace(json.dumps(trees.NESTED), "[" * 5000 + "]" * 5000)
     return surroundings.kind(chance), text.encode("utf-8", "replace")
 

@@ -21,8 +21,27 @@ from benchmarks.fuzz.target import Target, Wrong
 from benchmarks.fuzz.targets.files import Given
 from dptrain.models import ModelError, build, load_weights
 
-TYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "I32", "I16", "I8", "U8", "BOOL", "U16", "U32",
-         "U64", "F4", "C64", "F8_E8M0", "Q4")  # fmt: skip
+TYPES = (
+    "F64",
+    "F32",
+    "F16",
+    "BF16",
+    "F8_E4M3",
+    "F8_E5M2",
+    "I64",
+    "I32",
+    "I16",
+    "I8",
+    "U8",
+    "BOOL",
+    "U16",
+    "U32",
+    "U64",
+    "F4",
+    "C64",
+    "F8_E8M0",
+    "Q4",
+)
 
 
 @functools.cache
@@ -68,10 +87,14 @@ def _make(chance: random.Random) -> tuple[str, Given]:
                 case 0 if "dtype" in entry:
                     entry["dtype"] = chance.choice(TYPES)
                 case 1 if "shape" in entry:
-                    entry["shape"] = chance.choice((entry["shape"][::-1], [1, *entry["shape"]], [0], [], [2**40, 2**40]))
+                    entry["shape"] = chance.choice(
+                        (entry["shape"][::-1], [1, *entry["shape"]], [0], [], [2**40, 2**40])
+                    )
                 case 2 if "data_offsets" in entry:
                     offsets = entry["data_offsets"]
-                    entry["data_offsets"] = chance.choice(([0, 2**63], [offsets[1], offsets[0]], [-1, 4], [0, 0]))
+                    entry["data_offsets"] = chance.choice(
+                        ([0, 2**63], [offsets[1], offsets[0]], [-1, 4], [0, 0])
+                    )
                 case 3:
                     header["__metadata__"] = {chance.choice(trees.TEXTS): trees.value(chance)}
                 case _:
@@ -94,14 +117,37 @@ def _feed(given: tuple[str, Given], scratch: Path) -> None:
 
 
 CONFIGS = (
-    {"model_type": "bert", "vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
-     "architectures": ["BertModel"], "intermediate_size": 8, "id2label": {"0": "a", "1": "b"}},
-    {"model_type": "vit", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,
-     "patch_size": 8, "intermediate_size": 8, "num_channels": 3},
-    {"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 9, "n_positions": 8,
-     "auto_map": {"AutoConfig": "configuration_evil.Evil", "AutoModel": "modeling_evil.Evil"}},
+    {
+        "model_type": "bert",
+        "vocab_size": 20,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "architectures": ["BertModel"],
+        "intermediate_size": 8,
+        "id2label": {"0": "a", "1": "b"},
+    },
+    {
+        "model_type": "vit",
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+        "intermediate_size": 8,
+        "num_channels": 3,
+    },
+    {
+        "model_type": "gpt2",
+        "n_embd": 8,
+        "n_layer": 1,
+        "n_head": 2,
+        "vocab_size": 9,
+        "n_positions": 8,
+        "auto_map": {"AutoConfig": "configuration_evil.Evil", "AutoModel": "modeling_evil.Evil"},
+    },
     {"model_type": "evil", "auto_map": {"AutoConfig": "configuration_evil.Evil"}},
-)  # fmt: skip
+)
 EVIL = b"open('escaped', 'w').write('this must not run')\nraise SystemExit\n"
 
 
