@@ -83,7 +83,11 @@ def save(options: Options, found: dict[str, dict[str, float]], seconds: float) -
         "environment": environment("cpu"),
         "sources changed since the commit": bool(commit.stdout.strip()),
         "seed": options.seed,
-        "limits": {"seconds": worker.LIMIT_S, "bytes": worker.MEMORY_BYTES},
+        "limits": {
+            "seconds": worker.LIMIT_S,
+            "wall-clock seconds": worker.WAIT_S,
+            "bytes": worker.MEMORY_BYTES,
+        },
         "seconds": round(seconds),
         "inputs": sum(int(counts["inputs"]) for counts in found.values()),
         "bugs": bugs,

@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.fuzz import worker
 from benchmarks.fuzz.target import Result, Target
-from benchmarks.fuzz.worker import LIMIT_S, keep
+from benchmarks.fuzz.worker import WAIT_S, keep
 
 GRACE_S = 120.0
 """Beyond the limit of an input, for those that nothing in Python can stop, and for the libraries to load."""
@@ -71,7 +71,7 @@ def run(target: Target, seed: int, inputs: int, processes: int, out: Path) -> di
         time.sleep(0.2)
         for place, (share, process) in list(working.items()):
             ended = not process.is_alive()
-            held_up = time.time() - os.stat(share.progress).st_mtime > LIMIT_S + GRACE_S
+            held_up = time.time() - os.stat(share.progress).st_mtime > WAIT_S + GRACE_S
             if not ended and not held_up:
                 continue
             if not ended:

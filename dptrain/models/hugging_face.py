@@ -84,7 +84,7 @@ def build(name: str, choices: Choices) -> tuple[nn.Module, Callable[[nn.Module, 
     config = _config(name, named, choices)
     if named is None:
         kind, factory = _factory(config, choices.task)
-        make = getattr(transformers, factory).from_config
+        make = functools.partial(getattr(transformers, factory).from_config, trust_remote_code=False)
     else:
         if choices.task is not None:
             raise ModelError(f"--task is for model types; {name} is a class, which says it itself.")
