@@ -9,15 +9,40 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "dptrain"
 
-MODULES = set(
-    "pickle _pickle cPickle dill cloudpickle joblib marshal shelve yaml ruamel runpy code codeop imp xml".split()
-)
+MODULES = {
+    "pickle",
+    "_pickle",
+    "cPickle",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "marshal",
+    "shelve",
+    "yaml",
+    "ruamel",
+    "runpy",
+    "code",
+    "codeop",
+    "imp",
+    "xml",
+}
 """That read code, or formats that hold some."""
 BUILTINS = {"eval", "exec", "compile", "__import__", "input"}
-ATTRIBUTES = set(
-    "torch.load torch.hub torch.package torch.jit.load np.load numpy.load jnp.load jax.numpy.load pd.read_pickle "
-    "pandas.read_pickle os.system os.popen transformers.pipeline".split()
-)
+ATTRIBUTES = {
+    "torch.load",
+    "torch.hub",
+    "torch.package",
+    "torch.jit.load",
+    "np.load",
+    "numpy.load",
+    "jnp.load",
+    "jax.numpy.load",
+    "pd.read_pickle",
+    "pandas.read_pickle",
+    "os.system",
+    "os.popen",
+    "transformers.pipeline",
+}
 FROM_A_HUB = ("from_pretrained", "from_config")
 """Functions of transformers that run code of a model's folder if they are let, or ask whether they may."""
 

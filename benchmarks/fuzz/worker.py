@@ -69,7 +69,6 @@ def main(name: str, seed: int, first: int, last: int, step: int, out: Path) -> N
     target = TARGETS[name]
     counts: Counter[str] = Counter()
     kept: Counter[tuple[str, str]] = Counter()
-    os.nice(10)
     os.environ["HF_HUB_OFFLINE"] = "1"
     warnings.simplefilter("error")
     (out / "bugs").mkdir(parents=True, exist_ok=True)

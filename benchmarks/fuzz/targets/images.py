@@ -79,7 +79,7 @@ STRANGE = (
     png(20_000, 20_000, 1, 0, bytes(2501 * 20_000)),
     b"",
 )
-SEEDS = PLAIN * 12 + STRANGE
+SEEDS = PLAIN * 50 + STRANGE
 
 CLASSES = ("blue", "red")
 
