@@ -117,7 +117,7 @@ def known_keys(what: str, data: Any, required: Iterable[str], optional: Iterable
         ValueError: a key is unknown (a newer or foreign format) or missing.
     """
     if not isinstance(data, dict):
-        raise TypeError(f"{what} must be a dictionary, but it is a {type(data).__name__}.")
+        raise TypeError(f"{what} must be a dictionary, but it is {shown(data)}.")
     wanted = set(required)
     unknown = sorted(str(key) for key in data.keys() - wanted - set(optional))
     if unknown:

@@ -124,7 +124,7 @@ def from_dict(data: Any) -> ClipRule:
         ValueError: an unknown rule, an unknown or missing key, or a bad threshold.
     """
     if not isinstance(data, dict):
-        raise TypeError(f"a clip rule must be a dictionary, but it is a {type(data).__name__}.")
+        raise TypeError(f"a clip rule must be a dictionary, but it is {checks.shown(data)}.")
     name = checks.one_of("clip rule", data.get("rule"), _READERS)
     return _READERS[name](data)
 

@@ -140,7 +140,7 @@ class TorchLearner:
         numbers = dict(state.numbers)
         if self.average is not None:
             put(weights(self.average.module), under("average", state.tensors))
-            self.average.n_averaged.fill_(numbers.pop("averaged"))
+            self.average.n_averaged.fill_(int(numbers.pop("averaged", 0)))
         restore_optimizer(self.optimizer, self.schedule, under("optimizer", state.tensors), numbers)
         self.taken = taken
 

@@ -1,4 +1,4 @@
-"""Configurations of runs, mechanisms, the record of releases and remembered measurements."""
+"""Configurations of runs, mechanisms and remembered measurements."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import Any
 
 from benchmarks.fuzz import surroundings, trees
 from benchmarks.fuzz.target import Target, Wrong
-from benchmarks.fuzz.targets.files import Given, of_json, of_json_lines
+from benchmarks.fuzz.targets.files import Given, of_json
 from dptrain.core.accounting import ADD_OR_REMOVE_ONE
 from dptrain.core.clip_rules import PerLayer
-from dptrain.core.ledger import Ledger
 from dptrain.core.mechanism import Mechanism
 from dptrain.core.remembered import Remembered
 from dptrain.core.spec import Sampling, StepSpec, flat_step
@@ -68,10 +67,6 @@ def _feed_toml(given: Given, scratch: Path) -> None:
     _read_config(path)
 
 
-def _read_ledger(path: Path) -> None:
-    Ledger(path).read()
-
-
 def _read_remembered(path: Path) -> None:
     known = Remembered(path).known
     if not all(isinstance(v, float) and math.isfinite(v) and v >= 0 for v in known.values()):
@@ -107,12 +102,10 @@ def _step(chance: random.Random) -> Any:
     return _plain(trees.changed(chance, chance.choice(STEPS)))
 
 
-_LINES = tuple({"step": number, "spec": step} for number, step in enumerate(STEPS))
 TARGETS = (
     of_json("config-json", "config.json", CONFIGS, _read_config, (ConfigError,)),
     Target("config-toml", _toml, _feed_toml, (ConfigError,), 1000),
     Target("mechanism", _mechanism, _feed_mechanism, (TypeError, ValueError), 4000),
     Target("step-spec", _step, _feed_step, (TypeError, ValueError), 6000),
-    of_json_lines("ledger", "ledger.jsonl", _LINES, _read_ledger, (ValueError,)),
     of_json("remembered", "plan.json", ({"a": 1.0, "b": 1e-6, "c": 3},), _read_remembered, ()),
 )
