@@ -7,14 +7,29 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from dptrain.bench.case import Case
+from dptrain.core.files import MIB, read_json
 
 Status = Literal["ok", "out-of-memory", "unsupported", "error"]
 FORMAT = 1
+LARGEST = 64 * MIB
 #: a case with such a record is not measured again; what is unsupported today may be supported tomorrow
 FINAL = ("ok", "out-of-memory")
+
+
+KINDS: dict[str, Any] = {
+    "case": dict,
+    "status": str,
+    "sentence": str | None,
+    "traceback": str | None,
+    "seconds": float | int,
+    "environment": dict,
+    "quiet": dict,
+    "results": dict,
+    "warnings": list,
+}
 
 
 @dataclass(frozen=True)
@@ -49,9 +64,12 @@ class Record:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Record:
-        """Raises ValueError for a record of another format."""
-        if values.get("format") != FORMAT:
-            raise ValueError(f"a record of format {values.get('format')!r} cannot be read; {FORMAT} can.")
+        """Raises ValueError for a record of another format, or what is none."""
+        found = values.get("format") if isinstance(values, dict) else None
+        if found != FORMAT:
+            raise ValueError(f"a record of format {found!r} cannot be read; {FORMAT} can.")
+        if damaged := [name for name, kind in KINDS.items() if not isinstance(values.get(name), kind)]:
+            raise ValueError(f"a record has no such {damaged[0]}; remove it and measure its case again.")
         fields = {name: values[name] for name in cls.__dataclass_fields__}
         fields |= {"case": Case.from_dict(values["case"]), "warnings": tuple(values["warnings"])}
         return cls(**fields)
@@ -68,11 +86,12 @@ class Records:
         return self.folder / f"{case.id}.json"
 
     def get(self, case: Case) -> Record | None:
-        """The record of a case; None if there is none, or it is damaged."""
+        """The record of a case; None if there is none, or it is damaged or of another case."""
         try:
-            return Record.from_dict(json.loads(self.path(case).read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError):
+            record = Record.from_dict(read_json(self.path(case), LARGEST))
+        except (ValueError, KeyError, TypeError, OverflowError):
             return None
+        return record if record.case == case and record.status in get_args(Status) else None
 
     def put(self, record: Record) -> Path:
         """Write it whole or not at all."""
@@ -85,4 +104,4 @@ class Records:
 
     def __iter__(self) -> Iterator[Record]:
         for path in sorted(self.folder.glob("*.json")):
-            yield Record.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            yield Record.from_dict(read_json(path, LARGEST))

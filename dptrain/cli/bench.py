@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 import tyro
-from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dptrain.bench import MEASURES, Case, grid
@@ -16,6 +16,7 @@ from dptrain.bench.engines import OURS
 from dptrain.bench.peers import PEERS
 from dptrain.cli.bench_display import show_records, watched
 from dptrain.cli.errors import BAD_INPUT_ERRORS
+from dptrain.cli.terminal import Terminal
 from dptrain.core import methods
 
 __all__ = ["BAD_INPUT_ERRORS", "run"]
@@ -112,10 +113,10 @@ def _bench(
             batch_size=batch_size,
         )
     ]
-    console = Console()
+    console = Terminal()
     records = watched(console, cases, out)
     show_records(console, records)
-    console.print(f"records: {out / 'records'}", highlight=False)
+    console.print(escape(f"records: {out / 'records'}"), highlight=False)
     return SOME_FAILED if any(record.status == "error" for record in records) else 0
 
 
@@ -138,7 +139,7 @@ def _setting(text: str) -> tuple[str, object]:
 
 
 def _list() -> int:
-    console = Console()
+    console = Terminal()
     table = Table(title="measures", title_justify="left")
     table.add_column("measure")
     table.add_column("what it gives")

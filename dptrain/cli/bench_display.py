@@ -55,7 +55,9 @@ def watched(console: Console, cases: Sequence[Case], folder: Path) -> list[Recor
         except KeyboardInterrupt:
             progress.stop()
             console.print(
-                f"Interrupted; {len(finished)} records are in {folder / 'records'}, and the next run goes on."
+                escape(
+                    f"Interrupted; {len(finished)} records are in {folder / 'records'}. The next run goes on."
+                )
             )
             raise
 
@@ -66,7 +68,9 @@ def line(record: Record) -> str:
     told = record.sentence or ""
     if record.status == "ok":
         told = ", ".join(f"{name} {value}" for name, value in _columns(record).items())
-    return f"[{colour}]{record.status}[/]  {escape(name)}: {escape(told)}"
+    else:
+        told = escape(told)
+    return f"[{colour}]{record.status}[/]  {escape(name)}: {told}"
 
 
 def show_records(console: Console, records: Sequence[Record]) -> None:
@@ -102,7 +106,14 @@ def _described(case: Case) -> dict[str, str]:
 
 
 def _columns(record: Record) -> dict[str, str]:
-    """What a record says, by column."""
+    """What a record says, by column, safe to print."""
+    try:
+        return {escape(name): escape(str(value)) for name, value in _told(record).items()}
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        return {"results": "damaged: remove the record to measure again"}
+
+
+def _told(record: Record) -> dict[str, str]:
     r = record.results
     match record.case.measure:
         case "throughput" | "scaling":

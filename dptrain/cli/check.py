@@ -12,11 +12,12 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
-from rich.console import Console
+from rich.markup import escape
 from torch.utils._pytree import tree_map
 
 from dptrain.cli.check_display import show
 from dptrain.cli.errors import BAD_INPUT_ERRORS
+from dptrain.cli.terminal import Terminal
 from dptrain.models import select_trainable
 from dptrain.models.subjects import Choices, subject
 from dptrain.torch import CheckReport, check
@@ -103,8 +104,8 @@ def _check(
     room = _free_memory() if where.type == "cpu" else total_memory(where)
     choices = Choices(batch_size, num_classes, image_size, length, task, config, weights, room)
     wide_enough = None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDTH
-    console, notes = Console(width=wide_enough), []
-    with Console(stderr=True).status(f"Building {model} ...") as status:
+    console, notes = Terminal(width=wide_enough), []
+    with Terminal(stderr=True).status(escape(f"Building {model} ...")) as status:
         chosen = subject(model, choices)
         network = chosen.model
         if convert:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from dptrain.cli.terminal import Terminal
 
 
 def compare(a: Annotated[Path, tyro.conf.Positional], b: Annotated[Path, tyro.conf.Positional], /) -> int:
@@ -21,7 +22,7 @@ def compare(a: Annotated[Path, tyro.conf.Positional], b: Annotated[Path, tyro.co
     from dptrain.report import compare_paths
 
     found = compare_paths(a, b)
-    console, table = Console(), Table()
+    console, table = Terminal(), Table()
     for name in found.columns:
         table.add_column(str(name))
     for row in found.itertuples(index=False):

@@ -8,6 +8,10 @@ import sys
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.markup import escape
+
+from dptrain.cli.terminal import Terminal
+from dptrain.core.printable import is_printable
 
 COMMANDS = {
     "train": "Train a model with differential privacy.",
@@ -35,10 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"dptrain {__version__}")
         return 0
-    errors = Console(stderr=True, soft_wrap=True)
+    errors = Terminal(stderr=True, soft_wrap=True)
+    if hidden := [argument for argument in given if not is_printable(argument)]:
+        return _refused(errors, f"the argument {hidden[0]!r} holds control characters; leave them out.")
     if name not in COMMANDS:
-        errors.print(f"[bold red]error:[/] there is no command {name!r}; choose from {', '.join(COMMANDS)}.")
-        return BAD_INPUT
+        return _refused(errors, f"there is no command {name!r}; choose from {', '.join(COMMANDS)}.")
     # A model may be named by an import path from here, which an installed script does not search.
     if "" not in sys.path:
         sys.path.insert(0, "")
@@ -55,14 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return INTERRUPTED
     except command.BAD_INPUT_ERRORS as error:
-        errors.print("[bold red]error:[/]", _sentence(error), highlight=False, markup=True)
-        return BAD_INPUT
+        return _refused(errors, str(error))
+    except OSError as error:  # a folder that cannot be written to, a full disk, a name that is too long
+        place = f": {error.filename}" if error.filename else ""
+        return _refused(errors, f"{error.strerror or error}{place}; mend that and try again.")
 
 
-def _sentence(error: Exception) -> str:
-    from rich.markup import escape
-
-    return escape(" ".join(str(error).split()))
+def _refused(errors: Console, sentence: str) -> int:
+    errors.print("[bold red]error:[/]", escape(" ".join(sentence.split())), highlight=False)
+    return BAD_INPUT
 
 
 def _print_help() -> None:

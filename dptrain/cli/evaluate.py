@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
+from rich.markup import escape
 
 from dptrain.cli.errors import BAD_INPUT_ERRORS
+from dptrain.cli.terminal import Terminal
 from dptrain.training.rescore import rescore
 
 __all__ = ["BAD_INPUT_ERRORS", "run"]
@@ -34,12 +35,12 @@ def _evaluate(
         data_dir: Where data sets lie; by default as in the run.
         device: cuda, cpu, ..., or auto.
     """
-    console = Console()
-    with console.status(f"Scoring {run} ..."):
+    console = Terminal()
+    with console.status(escape(f"Scoring {run} ...")):
         folder, name, score = rescore(run, data_dir, device)
     folder.save_summary({"on": name, **asdict(score)}, "evaluation.json")
     console.print(
         f"{name} accuracy [bold]{score.accuracy:.2%}[/], loss {score.loss:.4f}, {score.examples:,} examples"
     )
-    console.print(f"written to {folder.path / 'evaluation.json'}", highlight=False)
+    console.print(escape(f"written to {folder.path / 'evaluation.json'}"), highlight=False)
     return 0

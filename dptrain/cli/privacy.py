@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dptrain.cli.terminal import Terminal
 from dptrain.core import accounting, budget
 from dptrain.core.ledger import Ledger, together
 from dptrain.training.run_folder import LEDGER
@@ -90,8 +90,8 @@ def _privacy(
     table.add_column(overflow="fold")
     for name, value in described.items():
         table.add_row(name, value)
-    Console().print(f"[bold]{_answer(answer)}[/]")
-    Console().print(table)
+    Terminal().print(f"[bold]{_answer(answer)}[/]")
+    Terminal().print(table)
     return 0
 
 
@@ -123,7 +123,7 @@ def _spent(paths: Sequence[Path], delta: float, accountant: str, as_json: bool) 
         spent = f"{row['epsilon']:.4f}", f"{row['delta']:g}"
         counts = f"{row['releases']:,}", str(len(row["ledgers"]))
         table.add_row(escape(row["dataset"]), *spent, row["neighbours"], *counts)
-    Console().print(table)
+    Terminal().print(table)
     return 0
 
 

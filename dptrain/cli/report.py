@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
+from rich.markup import escape
 
 from dptrain.cli.errors import BAD_INPUT_ERRORS
+from dptrain.cli.terminal import Terminal
 from dptrain.report import FORMATS, build
 
 __all__ = ["BAD_INPUT_ERRORS", "run"]
@@ -27,9 +28,9 @@ def _report(folder: Annotated[Path, tyro.conf.Positional], /, formats: tuple[str
         folder: What `dptrain bench` or `dptrain reproduce` wrote.
         formats: Of png, pdf, md, csv, tex and html.
     """
-    console = Console()
-    with Console(stderr=True).status("Drawing ..."):
+    console = Terminal()
+    with Terminal(stderr=True).status("Drawing ..."):
         written = build(folder, formats)
     for path in written:
-        console.print(str(path), highlight=False, soft_wrap=True)
+        console.print(escape(str(path)), highlight=False, soft_wrap=True)
     return 0

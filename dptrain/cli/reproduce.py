@@ -16,6 +16,7 @@ from dptrain import report
 from dptrain.bench import Records
 from dptrain.cli.bench_display import watched
 from dptrain.cli.errors import BAD_INPUT_ERRORS
+from dptrain.cli.terminal import Terminal
 from dptrain.recipes.seeds import seed_methods
 from dptrain.recipes.studies import STUDIES, study
 from dptrain.recipes.study import Scale, Study, estimate_s, manifest
@@ -54,10 +55,11 @@ def _reproduce(
     if not names:
         raise ValueError("Say what to reproduce: all, or names of `dptrain reproduce --list`.")
     chosen = list(STUDIES.values()) if "all" in names else [study(name) for name in names]
-    console = Console()
+    console = Terminal()
     cases = list(dict.fromkeys(case for one in chosen for case in one.cases(scale)))
     console.print(
-        f"{len(cases)} cases in {out}, about {_duration(estimate_s(cases, scale))} if none is measured yet.",
+        f"{len(cases)} cases in {escape(str(out))}, about {_duration(estimate_s(cases, scale))} if none is "
+        "measured yet.",
         highlight=False,
     )
     for one in chosen:
@@ -65,12 +67,12 @@ def _reproduce(
     records = watched(console, cases, out)
     for one in chosen:  # what some say beside their cases follows from records
         _write_manifest(one, scale, out)
-    with Console(stderr=True).status("Drawing ..."):
+    with Terminal(stderr=True).status("Drawing ..."):
         report.build(out)
     for found in report.read(out).studies:
         if found.name in {one.name for one in chosen}:
             _show(console, report.show(found))
-    console.print(f"tables, figures, records and report.html: {out}", highlight=False, soft_wrap=True)
+    console.print(escape(f"tables, figures, records and report.html: {out}"), highlight=False, soft_wrap=True)
     return SOME_FAILED if any(record.status == "error" for record in records) else 0
 
 
@@ -93,7 +95,7 @@ def _show(console: Console, shown: report.Shown) -> None:
 
 
 def _list() -> int:
-    console = Console()
+    console = Terminal()
     table = Table()
     for name in ("name", "what it shows", "needs", "small", "paper"):
         table.add_column(name)

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import tyro
-from rich.console import Console
 
 from dptrain.cli.display import RunDisplay, show_outcome
 from dptrain.cli.errors import BAD_INPUT_ERRORS
+from dptrain.cli.terminal import Terminal
 from dptrain.recipes import RECIPES, recipe
 from dptrain.report import draw_curves
 from dptrain.training import ConfigError, RunFolder, TrainConfig, read_config, resume, train
@@ -28,7 +28,7 @@ INTERRUPTED = 130
 def run(arguments: Sequence[str]) -> int:
     """Train as the flags say, over a recipe, a configuration file or a saved run, over the defaults."""
     config, saved = parse(arguments), resumed(arguments)
-    console = Console()
+    console = Terminal()
     with _termination_as_interruption(), RunDisplay(console, config) as display:
         outcome = train(config, display) if saved is None else resume(saved, config, display)
     folder = outcome.folder.path

@@ -5,6 +5,8 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
+_LONGEST = 80  # characters of a wrong value in a message
+
 
 def number(name: str, value: Any) -> float:
     """`value` as a finite float.
@@ -14,11 +16,15 @@ def number(name: str, value: Any) -> float:
         ValueError: it is NaN or infinite.
     """
     if isinstance(value, (bool, str, bytes)):
-        raise TypeError(f"{name} must be a number, but it is {value!r}; give a real number.")
+        raise TypeError(f"{name} must be a number, but it is {shown(value)}; give a real number.")
     try:
         result = float(value)
     except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number, but it is {value!r}; give a real number.") from None
+        raise TypeError(f"{name} must be a number, but it is {shown(value)}; give a real number.") from None
+    except OverflowError:
+        raise ValueError(
+            f"{name} must be finite, and is too large for a float; give a smaller number."
+        ) from None
     if not math.isfinite(result):
         raise ValueError(f"{name} must be finite, but it is {result}; give a finite number.")
     return result
@@ -70,11 +76,13 @@ def whole(name: str, value: Any, *, minimum: int = 1) -> int:
         ValueError: it is below `minimum`.
     """
     if isinstance(value, bool):
-        raise TypeError(f"{name} must be a whole number, but it is {value!r}; give an integer.")
+        raise TypeError(f"{name} must be a whole number, but it is {shown(value)}; give an integer.")
     try:
         result = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be a whole number, but it is {value!r}; give an integer.") from None
+        raise TypeError(
+            f"{name} must be a whole number, but it is {shown(value)}; give an integer."
+        ) from None
     if result < minimum:
         raise ValueError(f"{name} must be at least {minimum}, but it is {result}; give a larger number.")
     return result
@@ -84,8 +92,21 @@ def one_of(name: str, value: Any, allowed: Iterable[str]) -> str:
     """`value` if it is one of the names in `allowed`."""
     names = list(allowed)
     if value not in names:
-        raise ValueError(f"{name} {value!r} is unknown; choose one of: {', '.join(names)}.")
+        raise ValueError(f"{name} {shown(value)} is unknown; choose one of: {', '.join(names)}.")
     return str(value)
+
+
+def sequence(name: str, value: Any) -> list[Any]:
+    """`value` as a list, if it is a list or a tuple."""
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{name} must be a list, but it is {shown(value)}; give a list.")
+    return list(value)
+
+
+def shown(value: Any) -> str:
+    """`value` as a message can hold it: on one line, and not too long."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
 
 
 def known_keys(what: str, data: Any, required: Iterable[str], optional: Iterable[str] = ()) -> dict[str, Any]:
@@ -96,12 +117,12 @@ def known_keys(what: str, data: Any, required: Iterable[str], optional: Iterable
         ValueError: a key is unknown (a newer or foreign format) or missing.
     """
     if not isinstance(data, dict):
-        raise TypeError(f"{what} must be a dictionary, but it is a {type(data).__name__}.")
+        raise TypeError(f"{what} must be a dictionary, but it is {shown(data)}.")
     wanted = set(required)
     unknown = sorted(str(key) for key in data.keys() - wanted - set(optional))
     if unknown:
         raise ValueError(
-            f"{what} holds unknown keys ({', '.join(unknown)}); "
+            f"{what} holds unknown keys ({', '.join(shown(key) for key in unknown[:3])}); "
             "it was written by another version or edited by hand."
         )
     missing = sorted(wanted - data.keys())

@@ -124,15 +124,15 @@ def from_dict(data: Any) -> ClipRule:
         ValueError: an unknown rule, an unknown or missing key, or a bad threshold.
     """
     if not isinstance(data, dict):
-        raise TypeError(f"a clip rule must be a dictionary, but it is a {type(data).__name__}.")
+        raise TypeError(f"a clip rule must be a dictionary, but it is {checks.shown(data)}.")
     name = checks.one_of("clip rule", data.get("rule"), _READERS)
     return _READERS[name](data)
 
 
 def _thresholds(values: Any) -> tuple[float, ...]:
-    if isinstance(values, (int, float, str)) or not values:
+    if not isinstance(values, (list, tuple)) or not values:
         raise ValueError(
-            f"clip_norms must hold one threshold for each group, but it is {values!r}; "
+            f"clip_norms must hold one threshold for each group, but it is {checks.shown(values)}; "
             "give a non-empty sequence of positive numbers."
         )
     return tuple(checks.positive("each of clip_norms", value) for value in values)
@@ -150,12 +150,12 @@ def _read_automatic(data: dict[str, Any]) -> Automatic:
 
 def _read_per_layer(data: dict[str, Any]) -> PerLayer:
     checks.known_keys("the per-layer clip rule", data, ("rule", "clip_norms"))
-    return PerLayer(tuple(data["clip_norms"]))
+    return PerLayer(data["clip_norms"])
 
 
 def _read_group_wise(data: dict[str, Any]) -> GroupWise:
     checks.known_keys("the group-wise clip rule", data, ("rule", "clip_norms"))
-    return GroupWise(tuple(data["clip_norms"]))
+    return GroupWise(data["clip_norms"])
 
 
 _READERS: dict[str, Callable[[dict[str, Any]], ClipRule]] = {

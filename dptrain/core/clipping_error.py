@@ -83,8 +83,8 @@ def margin(dtype: str, elements: int, parts: int, clip_norm: float, route: str) 
     Raises:
         ValueError: C is so small that squares of its size vanish in the type.
     """
-    underflow = 2 * elements * _TINY[dtype] / checks.positive("clip_norm", clip_norm) ** 2
-    lost = max(shortfall(dtype, elements, parts, way) for way in (route, GRAM)) + underflow
+    lost = max(shortfall(dtype, elements, parts, way) for way in (route, GRAM))
+    lost += 2 * elements * _TINY[dtype] / checks.positive("clip_norm", clip_norm) ** 2
     if lost > 0.01:
         raise ValueError(
             f"a norm of {clip_norm:g} over {elements} elements is too small for {dtype}: raise the clip norm."

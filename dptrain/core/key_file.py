@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dptrain.core import checks, durable
 from dptrain.core.entropy import Key
+from dptrain.core.files import parse_json
 
 _MOST_BYTES = 4096
 
@@ -46,17 +47,24 @@ def kept(path: Path) -> Key:
         FileNotFoundError: there is none.
         ValueError: others could read it, or it is damaged: draw a fresh one.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    with os.fdopen(descriptor, "rb") as file:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as a key ({error.strerror}): remove the file.") from error
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_mode & 0o077 or status.st_uid != os.geteuid():
             raise ValueError(
                 f"the key in {path} may be known to others: remove the file, and the run goes on with a "
                 "fresh key."
             )
-        content = file.read(_MOST_BYTES)
+        content = os.read(descriptor, _MOST_BYTES)
+    finally:
+        os.close(descriptor)
     try:
-        data = checks.known_keys("a key", json.loads(content), ("key", "reproducible"))
+        data = checks.known_keys("a key", parse_json(content.decode()), ("key", "reproducible"))
         return Key(bytes.fromhex(data["key"]), reproducible=bool(data["reproducible"]))
     except (ValueError, TypeError) as error:
         raise ValueError(

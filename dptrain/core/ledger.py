@@ -24,9 +24,12 @@ from typing import IO, Any
 from dptrain.core import accounting, checks
 from dptrain.core.accounting import ADD_OR_REMOVE_ONE, PLD, Segments
 from dptrain.core.durable import flush
+from dptrain.core.files import Unreadable, parse_json, size_of
 from dptrain.core.spec import StepSpec
 
 _FORMAT = 2
+_LONGEST_LINE = 2**16
+_MOST_BYTES = 2**33
 _HEAD = ("ledger", "run", "dataset", "neighbours", "link")
 _ENTRY = ("step", "spec", "fingerprint", "link")
 
@@ -128,11 +131,15 @@ class Ledger:
         except FileNotFoundError as error:
             raise LedgerError(f"there is no ledger {path}.") from error
         _locked(file, path)
-        ledger = cls.read(path)
+        try:
+            ledger = cls.read(path)
+            whole = sum(map(len, _lines(path)))
+            file.truncate(whole)
+            file.seek(whole)
+        except BaseException:
+            file.close()
+            raise
         ledger._file = file
-        whole = path.read_bytes().rfind(b"\n") + 1
-        file.truncate(whole)
-        file.seek(whole)
         return ledger
 
     @classmethod
@@ -143,12 +150,7 @@ class Ledger:
             LedgerError: there is none, or a complete line is no release or breaks the chain.
         """
         path = Path(path)
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise LedgerError(f"the ledger {path} cannot be read ({error.strerror}).") from error
-        lines = (line for line in content.splitlines(keepends=True) if line.endswith(b"\n"))
-        numbered = enumerate(lines, 1)
+        numbered = enumerate(_lines(path), 1)
         head = _head(path, numbered)
         ledger = cls(path, head)
         specs: dict[str, StepSpec] = {}  # equal lines of a long run are read once
@@ -253,6 +255,25 @@ def together(ledgers: Iterable[Ledger]) -> dict[str, tuple[Segments, str]]:
     return found
 
 
+def _lines(path: Path) -> Iterator[bytes]:
+    """The complete ones.
+
+    Raises:
+        LedgerError: there is no such file, or one with lines that no ledger has.
+    """
+    try:
+        size_of(path, _MOST_BYTES)
+        with path.open("rb") as file:
+            while (line := file.readline(_LONGEST_LINE)).endswith(b"\n"):
+                yield line
+    except Unreadable as error:
+        raise LedgerError(f"the ledger {path} {error}.") from error
+    except OSError as error:
+        raise LedgerError(f"the ledger {path} cannot be read ({error.strerror}).") from error
+    if len(line) == _LONGEST_LINE:
+        raise LedgerError(f"{path} is no ledger: it has a line of more than {_LONGEST_LINE:,} bytes.")
+
+
 def _locked(file: IO[bytes], path: Path) -> IO[bytes]:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -293,8 +314,12 @@ def _head(path: Path, lines: Iterator[tuple[int, bytes]]) -> dict[str, Any]:
 def _parsed(path: Path, number: int, line: bytes, keys: tuple[str, ...], before: str) -> dict[str, Any]:
     """One line as data, its link checked."""
     try:
-        data: dict[str, Any] = checks.known_keys("a line of a ledger", json.loads(line), keys)
-    except (ValueError, TypeError, RecursionError) as error:
+        data: dict[str, Any] = checks.known_keys("a line of a ledger", parse_json(line.decode()), keys)
+    except UnicodeDecodeError as error:
+        raise LedgerError(f"line {number} of {path} is not one of a ledger: it is not UTF-8.") from error
+    except Unreadable as error:
+        raise LedgerError(f"line {number} of {path} {error}: put the original back.") from error
+    except (ValueError, TypeError) as error:
         raise LedgerError(f"line {number} of {path} is not one of a ledger: {error}") from error
     own = {key: value for key, value in data.items() if key != "link"}
     try:

@@ -357,7 +357,7 @@ class Mechanism:
                 f"this version reads format {_FORMAT}."
             )
         segments = []
-        for run in data["segments"]:
+        for run in checks.sequence("segments", data["segments"]):
             checks.known_keys("a segment", run, ("steps", "step"))
             segments.append((StepSpec.from_dict(run["step"]), run["steps"]))
         return cls(tuple(segments), data["neighbours"], data["delta"])

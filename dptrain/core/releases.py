@@ -10,15 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dptrain.core import accounting
+from dptrain.core import accounting, checks
 from dptrain.core.entropy import Key
-from dptrain.core.ledger import Ledger
+from dptrain.core.ledger import Ledger, Release
 from dptrain.core.mechanism import Mechanism
 from dptrain.core.spec import StepSpec
 
@@ -31,15 +31,23 @@ class NotTheSame(Exception):
 
 
 class Releases:
-    """The releases of one run on its ledger, and the key that they are drawn with.
+    """The releases of one run, on its ledger if it has one, and the key that they are drawn with.
 
     Attributes:
         key: that samples and noise of the next steps are derived from.
         repeats: whether lost steps are repeated bit for bit, if they can be.
+
+    Raises:
+        TypeError: the ledger is not one.
+        ValueError: it is accounted under another neighbouring relation than the mechanism.
     """
 
-    def __init__(self, mechanism: Mechanism, ledger: Ledger, key: Key, *, repeats: bool) -> None:
-        if ledger.neighbours != mechanism.neighbours:
+    def __init__(self, mechanism: Mechanism, ledger: Ledger | None, key: Key, *, repeats: bool) -> None:
+        if ledger is not None and not isinstance(ledger, Ledger):
+            raise TypeError(
+                f"a ledger is a dptrain.core.ledger.Ledger, and this is a {type(ledger).__name__}."
+            )
+        if ledger is not None and ledger.neighbours != mechanism.neighbours:
             raise ValueError(
                 f"the ledger's releases are accounted under '{ledger.neighbours}', and the mechanism's under "
                 f"'{mechanism.neighbours}': use a ledger of its own."
@@ -49,8 +57,14 @@ class Releases:
         self._planned = Counter[StepSpec]()
         for spec, count in mechanism.segments:
             self._planned[spec] += count
-        self._made = Counter(release.spec for release in ledger.releases)
-        self._known = _fingerprints(ledger) if repeats else {}
+        earlier = () if ledger is None else ledger.releases
+        self._made = Counter(release.spec for release in earlier)
+        self._known = _fingerprints(earlier) if repeats else {}
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return self._made.total()
 
     def may_go_on(self, index: int) -> bool:
         """Whether the mechanism has a step of this index, and it can be afforded."""
@@ -78,15 +92,16 @@ class Releases:
             raise NotTheSame
         if not self._is_covered(spec):
             raise RuntimeError("a step would cost more than the run may spend; it was not released.")
-        self._ledger.append(index, spec, mark)
+        if self._ledger is not None:
+            self._ledger.append(index, spec, mark)
         self._made[spec] += 1
 
     def draw_afresh(self) -> None:
         """Go on with a key that no release was drawn with."""
         self._known = {}
-        number = len(self._ledger.releases)  # grows with each release: none was drawn with this child
         own = self._first_key
-        self.key = own.child("afresh", number) if own.reproducible else Key.from_entropy()
+        # The number grows with each release: none was drawn with this child.
+        self.key = own.child("afresh", self.count) if own.reproducible else Key.from_entropy()
 
     def _is_covered(self, spec: StepSpec) -> bool:
         """Whether one more release of `spec` costs, with all on record, at most what the mechanism does.
@@ -101,9 +116,32 @@ class Releases:
         delta = self._mechanism.delta
         if self._mechanism.is_constant or delta is None:
             return False
-        segments = accounting.merge([*self._ledger.segments, (spec, 1)])
+        earlier = () if self._ledger is None else self._ledger.segments
+        segments = accounting.merge([*earlier, (spec, 1)])
         cost = accounting.epsilon(segments, delta, self._mechanism.neighbours)
         return cost <= self._mechanism.epsilon(delta)
+
+
+def releases_of(mechanism: Mechanism, ledger: Ledger | None, key: Key | None, taken: int) -> Releases:
+    """The releases of a training in a loop of the user's own.
+
+    Args:
+        ledger: on which they are recorded, if they are.
+        key: the user's, so that lost steps can be repeated; None for one that nobody has.
+        taken: steps that have been taken before.
+
+    Raises:
+        TypeError, ValueError: one of them is of no use.
+    """
+    if key is not None and not isinstance(key, Key):
+        raise TypeError("key must be a dptrain.core.entropy.Key: Key.from_entropy() makes one.")
+    repeats = key is not None and ledger is not None
+    releases = Releases(mechanism, ledger, key or Key.from_entropy(), repeats=repeats)
+    if checks.whole("taken", taken, minimum=0) > releases.count:
+        raise ValueError(
+            f"{taken} steps were taken, but the ledger has fewer releases: pass the ledger that they are on."
+        )
+    return releases
 
 
 def fingerprint(gradient: Mapping[str, npt.NDArray[Any]]) -> str:
@@ -119,10 +157,10 @@ def fingerprint(gradient: Mapping[str, npt.NDArray[Any]]) -> str:
     return digest.hexdigest()
 
 
-def _fingerprints(ledger: Ledger) -> dict[int, set[str]]:
+def _fingerprints(releases: Iterable[Release]) -> dict[int, set[str]]:
     """By step: what has been released, as far as it can be known again."""
     found: dict[int, set[str]] = {}
-    for release in ledger.releases:
+    for release in releases:
         if release.fingerprint is not None:
             found.setdefault(release.step, set()).add(release.fingerprint)
     return found

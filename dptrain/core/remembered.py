@@ -9,6 +9,9 @@ import os
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
+
+from dptrain.core import files
 
 Consulted = dict[str, dict[str, float]]
 """Numbers by name, by the file that they are kept in."""
@@ -98,6 +101,12 @@ def processor() -> str:
 def _read(path: Path | None) -> dict[str, float]:
     if path is None:
         return {}
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        return {k: float(v) for k, v in json.loads(path.read_text()).items()}
-    return {}
+    try:
+        found = files.read_json(path)
+    except files.Unreadable:
+        return {}
+    return {k: float(v) for k, v in found.items() if _is_time(v)} if isinstance(found, dict) else {}
+
+
+def _is_time(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < float("inf")

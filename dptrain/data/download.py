@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from urllib.error import URLError
@@ -10,11 +9,6 @@ from urllib.error import URLError
 from torchvision.datasets.utils import download_and_extract_archive, download_url
 
 from dptrain.data.protocol import DataError
-
-
-def md5_of(content: bytes) -> str:
-    """Hexadecimal MD5, the checksum that these data sets publish."""
-    return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
 def fetch_file(url: str, folder: Path, md5: str) -> None:

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from PIL import Image, UnidentifiedImageError
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2 import functional
 
+from dptrain.core.files import MIB, Unreadable, size_of
+from dptrain.core.printable import reason
 from dptrain.data.preprocess import Preprocess
 from dptrain.data.protocol import Batch, DataError, blank
 
 DEFAULT_IMAGE_SIZE = 224
 PREFETCH_BATCHES = 4
 TEST_FOLDERS = ("test", "val")
+FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What is decoded, whatever a file's name says: others can do more than hold an image (EPS is a program)."""
+LARGEST = 512 * MIB
+MOST_PIXELS = 2**26
+"""Of one image: a small file may unpack to any number."""
 
 
 class _Decoder(torch.utils.data.Dataset):
@@ -34,6 +43,13 @@ class _Decoder(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         path, label = self.samples[index]
         return decode(path, self.image_size), label
+
+    def __getitems__(self, indices: list[int]) -> Batch | DataError:
+        """A batch, or why there is none: an error raised in a worker would come with its traceback."""
+        try:
+            return default_collate([self[index] for index in indices])
+        except DataError as error:
+            return error
 
 
 class FolderImages:
@@ -66,15 +82,14 @@ class FolderImages:
         return torch.tensor([label for _, label in self._decoder.samples])
 
     def gather(self, indices: torch.Tensor) -> Batch:
-        items = [self._decoder[index] for index in indices.tolist()]
-        images = torch.stack([image for image, _ in items])
-        return self._finish((images, torch.tensor([label for _, label in items])))
+        return self._finish(self._decoder.__getitems__(indices.tolist()))
 
     def stream(self, indices: Iterable[torch.Tensor]) -> Iterator[Batch]:
         """Batches in order; workers decode up to `PREFETCH_BATCHES` each ahead."""
         loader = DataLoader(
             self._decoder,
             batch_sampler=_Lists(indices),
+            collate_fn=_as_it_is,
             num_workers=self.workers,
             prefetch_factor=PREFETCH_BATCHES if self.workers else None,
             multiprocessing_context=_start_method() if self.workers else None,
@@ -89,7 +104,9 @@ class FolderImages:
     def stand_in(self, size: int) -> Batch:
         return blank(size, self.input_shape, self.device)
 
-    def _finish(self, batch: Batch) -> Batch:
+    def _finish(self, batch: Batch | DataError) -> Batch:
+        if isinstance(batch, DataError):
+            raise batch
         images, labels = batch
         return self.preprocess(images.to(self.device, non_blocking=True)), labels.to(self.device)
 
@@ -97,6 +114,10 @@ class FolderImages:
 def _start_method() -> str | None:
     """How workers come to be: not by a fork beside JAX, some thread of which may hold a lock just then."""
     return "spawn" if "jax" in sys.modules else None
+
+
+def _as_it_is(batch: Batch | DataError) -> Batch | DataError:
+    return batch
 
 
 class _Lists:
@@ -111,12 +132,43 @@ class _Lists:
 
 def decode(path: str, image_size: int) -> torch.Tensor:
     """The centre square of an image file, resized: [3, image_size, image_size] uint8."""
-    try:
-        with Image.open(path) as file:
-            image = functional.pil_to_tensor(file.convert("RGB"))
-    except (UnidentifiedImageError, OSError) as error:
-        raise DataError(f"{path} is not a readable image ({error}); repair or remove it.") from error
+    with _readable(path), _open(path) as file:
+        width, height = file.size
+        side = min(width, height)
+        left, top = round((width - side) / 2), round((height - side) / 2)  # cut first: the rest costs nothing
+        image = functional.pil_to_tensor(file.crop((left, top, left + side, top + side)).convert("RGB"))
     return square(image, image_size)
+
+
+def check_header(path: str) -> None:
+    """Refuse what does not begin like an image, or announces one that is too large. Nothing is decoded."""
+    with _readable(path), _open(path):
+        pass
+
+
+def _open(path: str) -> Image.Image:
+    size_of(path, LARGEST)
+    file = Image.open(path, formats=FORMATS)
+    width, height = file.size
+    if not 0 < width * height <= MOST_PIXELS:
+        raise Unreadable(f"has {width} x {height} pixels, and at most {MOST_PIXELS:,} are ever decoded")
+    return file
+
+
+@contextmanager
+def _readable(path: str) -> Iterator[None]:
+    """Whatever a decoder of damaged bytes raises or warns of is one sentence."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    except Unreadable as error:
+        raise DataError(f"{path} {error}; make it smaller, repair or remove it.") from error
+    except UnidentifiedImageError as error:
+        raise DataError(
+            f"{path} is not a readable image of a known format ({', '.join(FORMATS)}); repair or remove it."
+        ) from error
+    except Exception as error:
+        raise DataError(f"{path} is not a readable image ({reason(error)}); repair or remove it.") from error
 
 
 def square(image: torch.Tensor, size: int) -> torch.Tensor:
@@ -136,7 +188,7 @@ def scan(root: Path) -> tuple[list[str], list[tuple[str, int]], list[tuple[str, 
         raise DataError(f"{root} has neither test/ nor val/; a run needs images that it is not trained on.")
     try:
         train, test = ImageFolder(str(root / "train")), ImageFolder(str(test_folder))
-    except FileNotFoundError as error:
+    except OSError as error:
         raise DataError(
             f"{root}: {str(error).splitlines()[0].rstrip('.')}; give every class at least one image."
         ) from error
@@ -146,4 +198,6 @@ def scan(root: Path) -> tuple[list[str], list[tuple[str, int]], list[tuple[str, 
             f"{root}: the classes of train/ and {test_folder.name}/ differ ({', '.join(odd[:5])}); "
             "make them equal."
         )
+    for path, _ in (*train.samples, *test.samples):  # before the first step, not in the middle of a run
+        check_header(path)
     return train.classes, train.samples, test.samples

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torchvision.transforms.v2 import functional
 
+from dptrain.core.printable import reason
 from dptrain.data.folder import DEFAULT_IMAGE_SIZE, square
 from dptrain.data.preprocess import Preprocess
 from dptrain.data.protocol import DataError, Dataset, Splits
@@ -99,7 +101,7 @@ def _read(name: str, root: Path) -> dict[str, Any]:
             "`pip install 'dptrain[transformers]'`."
         ) from error
     source = name.removeprefix(PREFIX)
-    path = next((candidate for candidate in (Path(source), root / source) if candidate.exists()), None)
+    path = next((candidate for candidate in (Path(source), root / source) if os.path.exists(candidate)), None)
     try:
         if path is None:
             hub_name, _, configuration = source.partition(":")
@@ -114,10 +116,9 @@ def _read(name: str, root: Path) -> dict[str, Any]:
             found = datasets.load_dataset(str(path))
     except DataError:
         raise
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    except Exception as error:  # its readers of damaged files raise what they like
         raise DataError(
-            f"{name} cannot be read ({reason}); give a name on the Hugging Face hub (hf:NAME or "
+            f"{name} cannot be read ({reason(error)}); give a name on the Hugging Face hub (hf:NAME or "
             "hf:NAME:CONFIGURATION), a folder of .csv, .json or .parquet files or of save_to_disk, or a file."
         ) from error
     return dict(found) if isinstance(found, dict) else {"train": found}

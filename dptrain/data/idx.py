@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +13,13 @@ import numpy as np
 import torch
 from torchvision import datasets
 
+from dptrain.core.files import MIB, Unreadable, size_of
 from dptrain.data.download import fetch_file
 from dptrain.data.protocol import DataError
 
 UNSIGNED_BYTE = 0x08
+LARGEST = 256 * MIB
+"""Bytes of one array, unpacked: five times the largest of these data sets."""
 Arrays = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -59,21 +63,33 @@ class IdxSource:
 def read_idx(path: Path, dimensions: int) -> torch.Tensor:
     """The uint8 tensor in an IDX file, which must have `dimensions` axes and its full length."""
     try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        size_of(path, LARGEST)
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            return _read(path, file.read, dimensions)
+    except Unreadable as error:
+        raise DataError(f"{path} {error}; fetch it again.") from error
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} is truncated or damaged ({error}); fetch it again.") from error
-    header = 4 * (1 + dimensions)
-    if len(content) < header or content[:4] != bytes([0, 0, UNSIGNED_BYTE, dimensions]):
-        raise DataError(f"{path} is not an IDX file of bytes with {dimensions} dimensions; fetch it again.")
-    shape = np.frombuffer(content, dtype=">i4", count=dimensions, offset=4).tolist()
-    if any(size < 0 for size in shape) or len(content) - header != math.prod(shape):
-        raise DataError(
-            f"{path} announces {'x'.join(map(str, shape))} bytes but holds "
-            f"{len(content) - header}; fetch it again."
-        )
-    return torch.from_numpy(np.frombuffer(content, dtype=np.uint8, offset=header).reshape(shape).copy())
+
+
+def _read(path: Path, take: Callable[[int], bytes], dimensions: int) -> torch.Tensor:
+    """No more is unpacked than the header announces: a small file may unpack to any size."""
+    header = take(4 * (1 + dimensions))
+    if len(header) < 4 * (1 + dimensions) or header[:4] != bytes([0, 0, UNSIGNED_BYTE, dimensions]):
+        raise Unreadable(f"is not an IDX file of bytes with {dimensions} dimensions")
+    shape = np.frombuffer(header, dtype=">u4", offset=4).tolist()
+    announced = math.prod(shape)
+    said = f"announces {'x'.join(map(str, shape))} bytes"
+    if announced > LARGEST:
+        raise Unreadable(f"{said}, more than the {LARGEST:,} that are ever read")
+    if announced == 0:
+        raise Unreadable(f"{said}, which is nothing")
+    content = take(announced)
+    if len(content) < announced:
+        raise Unreadable(f"{said} but holds {len(content)}")
+    if take(1):
+        raise Unreadable(f"{said} but holds more")
+    return torch.from_numpy(np.frombuffer(content, dtype=np.uint8).reshape(shape).copy())
 
 
 def _find(folder: Path, stem: str) -> Path | None:

@@ -58,7 +58,7 @@ def load(
     if name in ARCHIVED:
         source = ARCHIVED[name]
         return _resident(name, source.read(root, download), source.num_classes, preprocess, device)
-    path = next((candidate for candidate in (Path(name), root / name) if candidate.is_dir()), None)
+    path = next((candidate for candidate in (Path(name), root / name) if os.path.isdir(candidate)), None)
     if path is None:
         raise DataError(
             f"There is no data set or image folder {name!r}; use one of {', '.join(NAMES)}, a "

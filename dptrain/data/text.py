@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dptrain.core.printable import reason
 from dptrain.data.protocol import Batch, DataError
 from dptrain.data.resident import fits
 
@@ -143,10 +144,9 @@ def _load_tokenizer(source: str) -> Any:
             "Texts need the package transformers; install it with `pip install 'dptrain[transformers]'`."
         ) from error
     try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # of files of any content
         raise DataError(
-            f"There is no tokenizer {source!r} ({reason}); name one with --tokenizer, on the Hugging Face "
-            "hub or in a folder."
+            f"There is no tokenizer {source!r} ({reason(error)}); name one with --tokenizer, on the Hugging "
+            "Face hub or in a folder."
         ) from error

@@ -10,8 +10,10 @@ import numpy as np
 import optax
 
 from dptrain.core.entropy import Key
+from dptrain.core.ledger import Ledger
 from dptrain.core.mechanism import Mechanism
 from dptrain.core.release import Step, check_dataset_size
+from dptrain.core.releases import NotTheSame, Releases, releases_of
 from dptrain.core.sampling import LogicalSampler, PhysicalBatch, physical_batches
 
 from .accumulate import Accumulator
@@ -36,15 +38,16 @@ class PrivateTraining:
         mechanism: Mechanism,
         physical_batch_size: int,
         method: str,
-        key: Key,
         masked: bool,
+        releases: Releases,
+        taken: int,
     ):
         self.params, self.mechanism = jax.tree.map(jax.numpy.array, params), mechanism
         self.physical_batch_size, self.masked = physical_batch_size, masked
         self.accumulator = Accumulator(clipped_grad(loss_fn, clip_norm=mechanism.clip_norm, method=method))
         chain = private(optimizer)
         self.optimizer_state = chain.init(self.params)
-        self._data, self._key, self._taken = dataset, key, 0
+        self._data, self._releases, self._taken = dataset, releases, taken
 
         def apply(params: Any, state: Any, gradient: PrivateGradient) -> tuple:
             updates, state = chain.update(gradient, state, params)
@@ -53,25 +56,35 @@ class PrivateTraining:
         self._apply = jax.jit(apply, donate_argnums=(0, 1))
 
     @property
+    def taken(self) -> int:
+        """Steps that the parameters have taken; save it with them."""
+        return self._taken
+
+    @property
     def epsilon(self) -> float:
-        """Spent so far, at the mechanism's delta."""
-        return self.mechanism.epsilon(steps=self._taken)
+        """Spent so far, at the mechanism's delta, by all releases on record."""
+        return self.mechanism.epsilon(steps=self._releases.count)
 
     def steps(self) -> Iterator[Step]:
-        """Train: one item per logical step, ends after ``mechanism.steps``."""
-        total = self.mechanism.steps
-        while self._taken < total:
+        """Train: one item per logical step, ends after ``mechanism.steps`` releases."""
+        total, known = self.mechanism.steps, self.mechanism.delta is not None
+        while self._releases.may_go_on(self._taken):
             spec = self.mechanism.step(self._taken)
             clipped = self.accumulator(self.params, self._batches(spec))
-            key = self._key.child("noise", self._taken)
+            key = self._releases.key.child("noise", self._taken)
             gradient = privatize(clipped, spec, key, donate=True)
-            self._taken += 1  # the budget is spent when the noisy gradient exists
+            try:
+                self._releases.before(self._taken, spec, gradient.on_host)
+            except NotTheSame:  # nothing of it was used
+                self._releases.draw_afresh()
+                continue
+            self._taken += 1
             self.params, self.optimizer_state = self._apply(self.params, self.optimizer_state, gradient)
-            known = self.mechanism.delta is not None
-            yield Step(self._taken, total, self.mechanism.epsilon_so_far(self._taken) if known else None)
+            spent = self.mechanism.epsilon_so_far(self._releases.count) if known else None
+            yield Step(self._taken, total, spent)
 
     def _batches(self, spec: Any) -> Iterator[tuple[Any, np.ndarray]]:
-        sampler = LogicalSampler(examples(self._data), spec.sampling, self._key.child("sampling"))
+        sampler = LogicalSampler(examples(self._data), spec.sampling, self._releases.key.child("sampling"))
         for piece in physical_batches(sampler.sample(self._taken), self.physical_batch_size):
             if not self.masked and piece.mask.any():
                 piece = PhysicalBatch(piece.indices[piece.mask], piece.mask[piece.mask])
@@ -109,6 +122,8 @@ def make_private(
     method: str = "auto",
     masked: bool = True,
     key: Key | None = None,
+    ledger: Ledger | None = None,
+    taken: int = 0,
 ) -> PrivateTraining:
     """Train parameters with an optax optimizer under differential privacy.
 
@@ -124,6 +139,12 @@ def make_private(
         masked: fill the last physical batch up and mask what is too many, so that one compilation serves the
             whole run. Without, each new size is compiled: the naive way, kept for comparison.
         key: the run's secret; fresh from the operating system's entropy by default.
+        ledger: where each release is recorded before it is made: ``dptrain.core.ledger.Ledger.create``, or
+            ``Ledger.open`` of a run that was interrupted.
+        taken: steps that what is passed has taken already, when it was saved (put the optimizer's state back
+            into ``optimizer_state``). What the ledger has beyond them is lost, and paid for: with a key of
+            one's own it is repeated if it comes out the same bit for bit, else drawn afresh, and the
+            training ends earlier.
 
     Raises:
         TypeError, ValueError: in one sentence, before any budget is spent.
@@ -145,9 +166,7 @@ def make_private(
     check_dataset_size(mechanism, sizes.pop())
     if not isinstance(physical_batch_size, int) or physical_batch_size < 1:
         raise ValueError(f"physical_batch_size must be a positive integer, not {physical_batch_size!r}.")
-    if key is not None and not isinstance(key, Key):
-        raise TypeError("key must be a dptrain.core.entropy.Key: Key.from_entropy() makes one.")
-    key = key or Key.from_entropy()
+    releases = releases_of(mechanism, ledger, key, taken)
     return PrivateTraining(
-        loss_fn, params, optimizer, dataset, mechanism, physical_batch_size, method, key, masked
+        loss_fn, params, optimizer, dataset, mechanism, physical_batch_size, method, masked, releases, taken
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from dptrain.core.entropy import Key
@@ -51,6 +52,11 @@ class PrivateGradient:
     def map(self, function: Callable) -> PrivateGradient:
         """Post-process: ``function(grads) -> grads`` on the whole tree."""
         return PrivateGradient(function(self.grads), self.spec, self.reproducible, _DOOR)
+
+    def on_host(self) -> dict[str, np.ndarray]:
+        """By path in the tree, as NumPy arrays."""
+        leaves, _ = jax.tree_util.tree_flatten_with_path(self.grads)
+        return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
     def tree_flatten(self) -> tuple:
         return (self.grads,), (self.spec, self.reproducible)

@@ -18,6 +18,8 @@ from dptrain.models.transformers_classifier import Text, build_huggingface, is_h
 from dptrain.models.weights import WeightReport, load_weights
 
 InputShape = tuple[int, ...]
+SAFE_FILE = "model.safetensors"
+"""Asked for by this name, no other format is fetched in its place: others are pickles, which can run code."""
 
 
 def build(
@@ -86,6 +88,13 @@ def _from_timm(name: str, num_classes: int, input_shape: InputShape, pretrained:
     if config is not None and config.fixed_input_size:
         # Position tables have a fixed length; timm resamples a stored one to this size.
         arguments["img_size"] = (height, width)
+    if pretrained:
+        if config is None or not config.hf_hub_id:
+            raise ModelError(
+                f"{resolved} has no published weights in safetensors, and other formats can run code; give a "
+                "file with --weights."
+            )
+        arguments["pretrained_cfg_overlay"] = {"hf_hub_filename": SAFE_FILE, "custom_load": False}
     try:
         model = timm.create_model(resolved, pretrained=pretrained, **arguments)
     except (RuntimeError, AssertionError, TypeError, ValueError, OSError) as error:

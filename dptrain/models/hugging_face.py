@@ -10,19 +10,21 @@ import difflib
 import functools
 import importlib.util
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dptrain.core.files import Unreadable, read_json
 from dptrain.models.errors import ModelError
 from dptrain.models.footprint import require_room
 from dptrain.models.hugging_face_inputs import LOSSES, random_batch
 from dptrain.models.transformers_classifier import PREFIX as HUB
 from dptrain.models.transformers_classifier import read_config
+from dptrain.models.weights import read_tensors
 
 if TYPE_CHECKING:
     from dptrain.models.subjects import Choices
@@ -50,7 +52,7 @@ ENDINGS = {
 
 def knows(name: str) -> bool:
     """Whether `name` is to be built here: a type, a class, a configuration, or anything prefixed."""
-    if name.startswith((PREFIX, HUB)) or (Path(name).is_dir() and (Path(name) / "config.json").is_file()):
+    if name.startswith((PREFIX, HUB)) or os.path.isfile(Path(name) / "config.json"):
         return True
     if name.endswith(".json"):
         return True
@@ -82,7 +84,7 @@ def build(name: str, choices: Choices) -> tuple[nn.Module, Callable[[nn.Module, 
     config = _config(name, named, choices)
     if named is None:
         kind, factory = _factory(config, choices.task)
-        make = getattr(transformers, factory).from_config
+        make = functools.partial(getattr(transformers, factory).from_config, trust_remote_code=False)
     else:
         if choices.task is not None:
             raise ModelError(f"--task is for model types; {name} is a class, which says it itself.")
@@ -137,7 +139,7 @@ def _config(name: str, named: Any, choices: Choices) -> Any:
 
 def _source(name: str, named: Any) -> tuple[str, dict[str, Any]]:
     """(model type, settings that differ from its default)."""
-    path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
+    path = Path(name) / "config.json" if os.path.isdir(name) else Path(name)
     if named is not None:
         return named.config_class.model_type, {}
     if path.suffix == ".json" or name.startswith(HUB):
@@ -161,9 +163,12 @@ def _for_model(model_type: str, **settings: Any) -> Any:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ModelError(f"{path} is no readable configuration ({error}).") from error
+        found = read_json(path)
+        if not isinstance(found, dict):
+            raise Unreadable("does not hold a table of settings")
+    except Unreadable as error:
+        raise ModelError(f"{path} {error}; name a configuration of transformers.") from error
+    return found
 
 
 def _overrides(texts: tuple[str, ...], default: Any, model_type: str) -> dict[str, Any]:
@@ -224,10 +229,9 @@ def _kind(name: str, config: Any) -> str:
 
 
 def _load(model: nn.Module, path: Path) -> None:
-    if not path.is_file():
-        raise ModelError(f"There is no weight file {path}; check --weights.")
+    stored = read_tensors(path, model)
     try:
-        missing = model.load_state_dict(load_file(path), strict=False).missing_keys
+        missing = model.load_state_dict(stored, strict=False).missing_keys
     except Exception as error:
         raise ModelError(f"{path} does not fit this model: {_first_line(error)}.") from error
     tied = getattr(model, "all_tied_weights_keys", None) or {}

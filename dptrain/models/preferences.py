@@ -45,7 +45,8 @@ def _of_huggingface(name: str) -> Preferences:
         size = getattr(config, "image_size", None)
         return _of_images(source, size if isinstance(size, int) else None)
     longest = getattr(config, "max_position_embeddings", None)
-    return Preferences(tokenizer=source, max_length=longest if longest and longest > 0 else None)
+    is_length = isinstance(longest, int) and longest > 0
+    return Preferences(tokenizer=source, max_length=longest if is_length else None)
 
 
 def _of_images(source: str, image_size: int | None) -> Preferences:
@@ -54,11 +55,17 @@ def _of_images(source: str, image_size: int | None) -> Preferences:
 
     try:
         stated: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(source)[0]
-    except OSError:
+    except Exception:  # none, or a damaged one
         return Preferences(image_size)
     size = stated.get("size")
     if image_size is None:
         sizes = size.values() if isinstance(size, dict) else [size]
         image_size = next((value for value in sizes if isinstance(value, int)), None)
-    mean, std = (tuple(stated.get(key) or (0.5,)) for key in ("image_mean", "image_std"))
+    mean, std = (_numbers(stated.get(key)) for key in ("image_mean", "image_std"))
     return Preferences(image_size, mean, std)
+
+
+def _numbers(stated: Any) -> tuple[float, ...]:
+    """One number for each channel; one half where nothing of the kind is stated."""
+    is_list = isinstance(stated, list) and stated and all(type(v) in (int, float) for v in stated)
+    return tuple(stated) if is_list else (0.5,)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from dptrain.core.files import Unreadable, read_json
+from dptrain.core.printable import reason
 from dptrain.models.errors import ModelError
 from dptrain.models.weights import WeightReport
 
@@ -33,11 +37,15 @@ def is_huggingface(name: str) -> bool:
 def read_config(name: str, **changes: Any) -> Any:
     """The configuration behind `hf:NAME_OR_PATH`. Raises ModelError if there is none."""
     source = name.removeprefix(PREFIX)
+    auto = _transformers().AutoConfig
     try:
-        return _transformers().AutoConfig.from_pretrained(source, **changes)
-    except (OSError, ValueError, KeyError) as error:
+        if os.path.exists(local := Path(source) / "config.json") and not isinstance(read_json(local), dict):
+            raise Unreadable("its config.json holds no table of settings")
+        # Not to be asked: code that lies beside a configuration is never run.
+        return auto.from_pretrained(source, trust_remote_code=False, **changes)
+    except Exception as error:  # a configuration's own checks raise what they like
         raise ModelError(
-            f"There is no model {name!r} ({_first_line(error)}); give a name on the Hugging Face hub, or "
+            f"There is no model {name!r} ({reason(error)}); give a name on the Hugging Face hub, or "
             "a folder with a config.json."
         ) from error
 
@@ -67,7 +75,7 @@ def build_huggingface(
             "another --model, or other --data."
         )
     if not pretrained:
-        return auto.from_config(config, dtype=torch.float32), None
+        return auto.from_config(config, dtype=torch.float32, trust_remote_code=False), None
     try:
         model, loaded = auto.from_pretrained(
             name.removeprefix(PREFIX),
@@ -75,10 +83,12 @@ def build_huggingface(
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            trust_remote_code=False,
+            use_safetensors=True,  # the other formats are pickles
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(
-            f"The weights of {name} cannot be loaded ({_first_line(error)}); leave out --pretrained to "
+            f"The weights of {name} cannot be loaded ({reason(error)}); leave out --pretrained to "
             "start from random weights."
         ) from error
     return model, _report(name, model, loaded)
@@ -129,7 +139,3 @@ def _transformers() -> Any:
             "`pip install 'dptrain[transformers]'`."
         ) from error
     return transformers
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import adapt_input_conv
 from torch import nn
 
+from dptrain.core.files import MIB, Unreadable, size_of
+from dptrain.core.printable import reason
 from dptrain.models.errors import ModelError
 from dptrain.models.head import in_head
+
+LARGEST_SURPLUS = 1024 * MIB
+"""Bytes that a file may have beyond four times the model's: other heads, wider types."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +55,21 @@ def load_weights(model: nn.Module, path: Path | str) -> WeightReport:
     fit: a model that is part pre-trained and part random is never made silently.
     """
     stored = {
-        name: value.float() if value.is_floating_point() else value for name, value in _read(path).items()
+        name: value.float() if value.is_floating_point() else value
+        for name, value in read_tensors(path, model).items()
     }
     own = model.state_dict()
     is_head = in_head(model)
-    fitted = _adapt(model, stored)
+    fitted = _adapt(model, stored, path)
 
     matched, adapted, reset, wrong = [], [], [], []
     for name, target in own.items():
         value = fitted.get(name)
-        if value is not None and value.shape == target.shape:
+        if value is not None and value.is_floating_point() != target.is_floating_point():
+            wrong.append(f"{name} holds {str(value.dtype).removeprefix('torch.')}")
+        elif value is not None and not bool(value.isfinite().all()):
+            wrong.append(f"{name} holds values that are not finite")
+        elif value is not None and value.shape == target.shape:
             target.copy_(value)
             untouched = (
                 name in stored and stored[name].shape == value.shape and torch.equal(stored[name], value)
@@ -81,19 +91,34 @@ def load_weights(model: nn.Module, path: Path | str) -> WeightReport:
     return WeightReport(tuple(matched), tuple(adapted), tuple(reset), unused)
 
 
-def _read(path: Path | str) -> dict[str, torch.Tensor]:
-    if not Path(path).is_file():
+def read_tensors(path: Path | str, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors in a safetensors file that is not much larger than `model`. Raises ModelError."""
+    own = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    if not os.path.exists(path):
         raise ModelError(f"There is no weight file {path}; check --weights.")
     try:
+        size_of(path, 4 * own + LARGEST_SURPLUS)
         return load_file(path)
-    except SafetensorError as error:
+    except Unreadable as error:
+        raise ModelError(f"{path} {error} for this model; check --weights.") from error
+    except Exception as error:  # of safetensors, and of torch for types that it does not know
         raise ModelError(
-            f"{path} is not a readable safetensors file ({error}); fetch or save it again."
+            f"{path} is not a readable safetensors file ({reason(error)}); fetch or save it again."
         ) from error
 
 
-def _adapt(model: nn.Module, stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _adapt(model: nn.Module, stored: dict[str, torch.Tensor], path: Path | str) -> dict[str, torch.Tensor]:
     """timm's adaptation of position tables and kernels, then of the stem to the channels."""
+    try:
+        return _adapted(model, stored)
+    except Exception as error:  # timm expects the tensors of its own files
+        raise ModelError(
+            f"{path} does not fit this model (adapting it fails: {reason(error)}); choose the --model "
+            "that the file was saved from."
+        ) from error
+
+
+def _adapted(model: nn.Module, stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     fitted = dict(adapt(dict(stored), model)) if adapt is not None else dict(stored)
     config = getattr(model, "pretrained_cfg", None) or {}

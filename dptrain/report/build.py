@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dptrain.report import studies, tables
 from dptrain.report.draw import draw
-from dptrain.report.errors import ReportError, needs
+from dptrain.report.errors import ReportError, needs, told_of
 from dptrain.report.page import write_page
 from dptrain.report.reading import read
 
@@ -41,15 +41,17 @@ def build(folder: Path | str, formats: Sequence[str] = FORMATS) -> list[Path]:
     shown = [studies.show(study) for study in studies.in_order(found.studies)]
     written: list[Path] = []
     for one in shown:
-        for path in _paths(found.path / "tables", one.name, [f for f in formats if f in TABLES]):
-            tables.write(one, path)
-            written.append(path)
-        if one.panels and (chosen := [f for f in formats if f in FIGURES]):
-            figures = _paths(found.path / "figures", one.name, chosen)
-            draw(one, figures)
-            written += figures
+        with told_of(f"The study {one.name}"):
+            for path in _paths(found.path / "tables", one.name, [f for f in formats if f in TABLES]):
+                tables.write(one, path)
+                written.append(path)
+            if one.panels and (chosen := [f for f in formats if f in FIGURES]):
+                figures = _paths(found.path / "figures", one.name, chosen)
+                draw(one, figures)
+                written += figures
     if PAGE in formats:
-        written.append(write_page(found, shown, found.path / "report.html"))
+        with told_of("The page"):
+            written.append(write_page(found, shown, found.path / "report.html"))
     return written
 
 

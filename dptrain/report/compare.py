@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dptrain.report import intervals
 from dptrain.report import quantities as q
-from dptrain.report.errors import ReportError, needs
+from dptrain.report.errors import ReportError, needs, told_of
 from dptrain.report.intervals import Interval
 from dptrain.report.reading import Record, read, read_record
 
@@ -48,8 +49,9 @@ def compare(a: Record, b: Record) -> pd.DataFrame:
     Returns:
         `COLUMNS`; the sentences of `differences` are in its ``attrs["warnings"]``.
     """
-    found = needs("pandas").DataFrame(_rows(a, b), columns=list(COLUMNS))
-    found.attrs["warnings"] = differences(a, b)
+    with told_of(f"The comparison of {a.id} and {b.id}"):
+        found = needs("pandas").DataFrame(_rows(a, b), columns=list(COLUMNS))
+        found.attrs["warnings"] = differences(a, b)
     return found
 
 
@@ -62,9 +64,10 @@ def compare_folders(a: Path | str, b: Path | str) -> pd.DataFrame:
     common = [i for i in left if i in right]
     if not common:
         raise ReportError(f"{a} and {b} have no case in common; compare folders of the same cases.")
-    rows = [row for i in common for row in _rows(left[i], right[i])]
+    both = [compare(left[i], right[i]) for i in common]
+    rows = [row for one in both for row in one.itertuples(index=False, name=None)]
     found = needs("pandas").DataFrame(rows, columns=list(COLUMNS))
-    warnings = list(dict.fromkeys(w for i in common for w in differences(left[i], right[i])))
+    warnings = list(dict.fromkeys(w for one in both for w in one.attrs["warnings"]))
     for name, only in ((a, left.keys() - right.keys()), (b, right.keys() - left.keys())):
         if only:
             warnings.append(f"{len(only)} case{'s are' if len(only) > 1 else ' is'} in {name} alone.")
@@ -79,7 +82,7 @@ def compare_paths(a: Path | str, b: Path | str) -> pd.DataFrame:
     """
     a, b = Path(a), Path(b)
     for path in (a, b):
-        if not path.exists():
+        if not os.path.exists(path):
             raise ReportError(f"{path} does not exist; give two records or two folders of them.")
     if a.is_dir() != b.is_dir():
         raise ReportError("One is a folder and the other a record; give two records or two folders of them.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT = 1
+LARGEST = 64 * 2**20
+"""Bytes of a file that is read."""
 STATUSES = ("ok", "out-of-memory", "unsupported", "error")
 
 
@@ -125,7 +128,7 @@ def read(path: Path | str) -> Folder:
         ReportError: the folder has neither records nor studies, or a file is damaged.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise ReportError(f"{path} is not a folder; give one that dptrain bench or reproduce wrote.")
     records = {r.id: r for r in map(read_record, sorted((path / "records").glob("*.json")))}
     studies = [_study(file, records) for file in sorted((path / "studies").glob("*.json"))]
@@ -145,7 +148,7 @@ def read_record(file: Path | str) -> Record:
     try:
         case, status = values["case"], values["status"]
         said = {key: case[key] for key in ("measure", "engine", "method", "model")}
-        whole = all(isinstance(v, str) for v in said.values()) and status in STATUSES
+        whole = all(isinstance(v, str) for v in (values["id"], *said.values())) and status in STATUSES
         record = Record(
             id=values["id"],
             case=case,
@@ -158,7 +161,7 @@ def read_record(file: Path | str) -> Record:
             results=dict(values.get("results") or {}),
             warnings=tuple(map(str, values.get("warnings") or ())),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ReportError(_damaged(file, f"it lacks or garbles {error}")) from error
     if not whole:
         raise ReportError(_damaged(file, "its case or its status is none"))
@@ -191,9 +194,17 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _json(file: Path) -> dict[str, Any]:
     try:
+        if not file.is_file():  # a pipe would keep us waiting
+            raise ReportError(f"{file} is not a file; remove it.")
+        if (size := file.stat().st_size) > LARGEST:
+            raise ReportError(f"{file} has {size:,} bytes, more than {LARGEST:,} are not read.")
         values = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ReportError(f"{file} cannot be read ({error.strerror}).") from error
+    except RecursionError as error:
+        raise ReportError(_damaged(file, "it nests too deep")) from error
+    except ReportError:
+        raise
     except ValueError as error:
         raise ReportError(_damaged(file, "it is not JSON")) from error
     if not isinstance(values, dict):

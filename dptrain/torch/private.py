@@ -13,8 +13,10 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from dptrain.core.entropy import Key
+from dptrain.core.ledger import Ledger
 from dptrain.core.mechanism import Mechanism
 from dptrain.core.release import Step, check_dataset_size
+from dptrain.core.releases import NotTheSame, releases_of
 from dptrain.core.sampling import LogicalSampler, PhysicalBatch, physical_batches
 
 from .clipping import LossFn, clipped_grad
@@ -27,25 +29,40 @@ class PrivateTraining:
     """What ``make_private`` returns. ``steps()`` trains; nothing else has been changed."""
 
     def __init__(
-        self, model, optimizer, loader, loss_fn, mechanism, physical_batch_size, method, key, compile
+        self,
+        model,
+        optimizer,
+        loader,
+        loss_fn,
+        mechanism,
+        physical_batch_size,
+        method,
+        compile,
+        releases,
+        taken,
     ):
         self.model, self.optimizer, self.mechanism = model, optimizer, mechanism
         self.dataset = loader.dataset
-        self._loader, self._key = loader, key
+        self._loader, self._releases = loader, releases
         options = {"clip_norm": mechanism.clip_norm, "method": method, "grid": mechanism.grid}
         self._clipped = clipped_grad(model, loss_fn, **options, compile=compile)
         #: sizes are tried uncompiled: to compile each of them would take minutes
         self._tried = clipped_grad(model, loss_fn, **options) if compile else self._clipped
         self.physical_batch_size = physical_batch_size
-        self._taken = 0
+        self._taken = taken
+
+    @property
+    def taken(self) -> int:
+        """Steps that model and optimizer have taken; save it with them."""
+        return self._taken
 
     @property
     def epsilon(self) -> float:
-        """Spent so far, at the mechanism's delta."""
-        return self.mechanism.epsilon(steps=self._taken)
+        """Spent so far, at the mechanism's delta, by all releases on record."""
+        return self.mechanism.epsilon(steps=self._releases.count)
 
     def steps(self) -> Iterator[Step]:
-        """Train: one item per logical step, ends after ``mechanism.steps``.
+        """Train: one item per logical step, ends after ``mechanism.steps`` releases.
 
         Raises:
             Refused: before the first release, if the model cannot be trained exactly.
@@ -54,9 +71,17 @@ class PrivateTraining:
         device = next(iter(trainable(self.model).values())).device
         if self.physical_batch_size == "auto":
             self.physical_batch_size = self._choose(device)
-        batches = self._batches(device)
+        while True:
+            try:
+                yield from self._steps(device)
+                return
+            except NotTheSame:  # nothing of it was used
+                self._releases.draw_afresh()
+
+    def _steps(self, device: torch.device) -> Iterator[Step]:
+        batches, key = self._batches(device), self._releases.key
         taken, total = self._taken, self.mechanism.steps
-        while taken < total:
+        while self._releases.may_go_on(taken):
             if taken != self._taken:  # its batches are drawn already: they would be used twice
                 raise RuntimeError("another loop has taken steps of this training: begin a new one to go on.")
             clipped = None
@@ -64,16 +89,17 @@ class PrivateTraining:
                 clipped = self._clipped(batch, mask, clipped)
                 if last:
                     break
-            key = self._key.child("noise", taken)
-            gradient = privatize(clipped, self.mechanism.step(taken), key, donate=True)
-            self._taken = taken = taken + 1  # the budget is spent when the noisy gradient exists
+            spec = self.mechanism.step(taken)
+            gradient = privatize(clipped, spec, key.child("noise", taken), donate=True)
+            self._releases.before(taken, spec, gradient.on_host)
+            self._taken = taken = taken + 1
             apply(self.optimizer, self.model, gradient)
             known = self.mechanism.delta is not None
-            spent = self.mechanism.epsilon_so_far(taken) if known else None
+            spent = self.mechanism.epsilon_so_far(self._releases.count) if known else None
             yield Step(taken, total, spent)
 
     def _batches(self, device: torch.device) -> Iterator[tuple[Any, torch.Tensor, bool]]:
-        key = self._key.child("sampling")
+        key = self._releases.key.child("sampling")
         waiting: deque[tuple[PhysicalBatch, bool]] = deque()
 
         def indices() -> Iterator[list[int]]:
@@ -124,6 +150,8 @@ def make_private(
     method: str = "auto",
     compile: bool = False,
     key: Key | None = None,
+    ledger: Ledger | None = None,
+    taken: int = 0,
 ) -> PrivateTraining:
     """Train an existing model with an existing optimizer under differential privacy.
 
@@ -140,6 +168,11 @@ def make_private(
         method: clipping method; of a hardened mechanism one that sums on a grid, see ``clipped_grad``.
         compile: as for ``clipped_grad``.
         key: the run's secret; fresh from the operating system's entropy by default.
+        ledger: where each release is recorded before it is made: ``dptrain.core.ledger.Ledger.create``, or
+            ``Ledger.open`` of a run that was interrupted.
+        taken: steps that what is passed has taken already, when it was saved. What the ledger has beyond
+            them is lost, and paid for: with a key of one's own it is repeated if it comes out the same bit
+            for bit, else drawn afresh, and the training ends earlier.
 
     Raises:
         TypeError, ValueError: in one sentence, before any budget is spent.
@@ -188,6 +221,7 @@ def make_private(
             "optimizer.zero_grad(set_to_none=True) first."
         )
     check_dataset_size(mechanism, len(loader.dataset))
+    releases = releases_of(mechanism, ledger, key, taken)
     if physical_batch_size != "auto" and (
         not isinstance(physical_batch_size, int) or physical_batch_size < 1
     ):
@@ -202,6 +236,7 @@ def make_private(
         mechanism,
         physical_batch_size,
         method,
-        key or Key.from_entropy(),
         compile,
+        releases,
+        taken,
     )

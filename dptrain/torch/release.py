@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -41,6 +42,10 @@ class PrivateGradient:
         if door is not _DOOR:
             raise TypeError("only dptrain.torch.privatize makes a PrivateGradient.")
         self.grads, self.spec, self.reproducible = grads, spec, reproducible
+
+    def on_host(self) -> dict[str, np.ndarray]:
+        """By parameter name, as NumPy arrays."""
+        return {name: g.detach().cpu().numpy() for name, g in self.grads.items()}
 
     def map(self, function) -> PrivateGradient:
         """Post-process each gradient: ``function(name, gradient) -> gradient``."""

@@ -19,10 +19,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dptrain.core import durable
+from dptrain.core.files import Unreadable, parse_json, size_of
+from dptrain.core.printable import reason
 
 KEPT = 2
 """Checkpoints of a run: the newest, and the one before in case the disk damages that."""
 
+_MOST_BYTES = 2**42
 _NAME, _FACTS, _DIGEST = "step-{:010d}.safetensors", "dptrain", "sha256"
 
 
@@ -69,7 +72,10 @@ class Checkpoints:
         for path in self._paths():
             try:
                 tensors, facts = read(path)
-                return Checkpoint(int(facts.pop("step")), facts, tensors), refused
+                step = facts.pop("step", None)
+                if path.name != _NAME.format(step if isinstance(step, int) else -1):
+                    raise CheckpointError(f"{path} holds the checkpoint of another step.")
+                return Checkpoint(step, facts, tensors), refused
             except CheckpointError as error:
                 refused.append(str(error))
         return None, refused
@@ -110,17 +116,20 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         CheckpointError: it is not whole.
     """
     try:
+        size_of(path, _MOST_BYTES)
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({_first_line(error)}).") from error
+    except Unreadable as error:
+        raise CheckpointError(f"{path} {error}.") from error
+    except Exception as error:  # of safetensors, and of torch for types that it does not know
+        raise CheckpointError(f"{path} cannot be read ({reason(error)}).") from error
     text = metadata.get(_FACTS, "")
     if metadata.get(_DIGEST) != _digest(text, tensors):
         raise CheckpointError(f"{path} is damaged: its content has another checksum than it says.")
     facts: Any = None
-    with suppress(ValueError, RecursionError):
-        facts = json.loads(text)
+    with suppress(Unreadable):
+        facts = parse_json(text)
     if not isinstance(facts, dict):
         raise CheckpointError(f"{path} is no checkpoint: it does not say what it holds.")
     return tensors, facts
@@ -145,7 +154,3 @@ def _described(tensors: dict[str, torch.Tensor]) -> Iterator[Any]:
         yield json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode()
         if tensor.numel():
             yield tensor.reshape(-1).view(torch.uint8).numpy().data
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import math
+import os
 import tomllib
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields, replace
@@ -11,6 +12,9 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
+
+from dptrain.core.files import Unreadable, parse_json, read_text
+from dptrain.core.printable import is_printable
 
 OptimizerName = Literal["sgd", "momentum", "adam", "adamw"]
 ScheduleName = Literal["constant", "linear", "cosine"]
@@ -109,6 +113,9 @@ class TrainConfig:
     """Each example's gradient is scaled down to at most this L2 norm."""
     method: str = "auto"
     """How per-example gradients are clipped; non-private turns clipping and noise off."""
+    hardened: bool = False
+    """Sum on an integer grid and add exactly sampled rounded noise (docs/noise.md): nothing of floating point
+    is left between clipping and noise. Methods that keep the gradient of each example, PyTorch engine."""
     dataset_name: str | None = None
     """The name under which the ledger adds up what is released from the same data; by default --data."""
     restart: RestartName = "afresh"
@@ -170,7 +177,7 @@ class TrainConfig:
         """A configuration from file contents over the defaults; unknown keys are refused."""
         if unknown := sorted(set(values) - {field.name for field in fields(cls)}):
             raise ConfigError(f"The configuration has no setting {unknown[0]!r}; see `dptrain train --help`.")
-        typed = {name: Path(v) if name in PATHS and v is not None else v for name, v in values.items()}
+        typed = {name: Path(v) if name in PATHS and isinstance(v, str) else v for name, v in values.items()}
         return replace(cls().without_rivals_of(values), **typed)
 
     def without_rivals_of(self, given: Collection[str]) -> TrainConfig:
@@ -192,19 +199,21 @@ class TrainConfig:
 
 def read_config(path: Path) -> TrainConfig:
     """A configuration from a .json or .toml file."""
-    if not path.is_file():
-        raise ConfigError(f"There is no configuration file {path}.")
+    if not os.path.exists(path):
+        raise ConfigError(f"There is no configuration file {path}; check --config.")
     try:
-        text = path.read_text(encoding="utf-8")
-        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid {path.suffix.lstrip('.') or 'JSON'} ({error}).") from error
+        text = read_text(path)
+        values = tomllib.loads(text) if path.suffix == ".toml" else parse_json(text)
+    except Unreadable as error:
+        raise ConfigError(f"{path} {error}; mend or choose another --config.") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid TOML ({error}); mend it.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a table of settings.")
     try:
         return TrainConfig.from_dict(values)
-    except TypeError as error:
-        raise ConfigError(f"{path}: {error}.") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def _check(config: TrainConfig) -> None:
@@ -214,6 +223,11 @@ def _check(config: TrainConfig) -> None:
             raise ConfigError(
                 f"--{name.replace('_', '-')} cannot be {getattr(config, name)!r}; "
                 "see `dptrain train --help` for what it takes."
+            )
+        if not _is_sound(getattr(config, name)):
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is {getattr(config, name)!r}: give a finite number, or a text "
+                "without control characters."
             )
     for first, second in ALTERNATIVES:
         given = [name for name in (first, second) if getattr(config, name) is not None]
@@ -266,10 +280,20 @@ def _check(config: TrainConfig) -> None:
         raise ConfigError(
             "--compile is for --engine torch; the JAX engine compiles every step: leave it out."
         )
+    if config.hardened and (config.engine == "jax" or config.compile or config.method == "non-private"):
+        other = "--engine jax" if config.engine == "jax" else "--compile" if config.compile else "non-private"
+        raise ConfigError(f"--hardened is for private, uncompiled steps of --engine torch, not for {other}.")
     if config.seed is not None and config.seed < 0:
         raise ConfigError(
             f"--seed is {config.seed}: give a number of at least 0, or leave it out for secure randomness."
         )
+
+
+def _is_sound(value: Any) -> bool:
+    """Whether a number can be reckoned with, and a text or a path be printed and given to the system."""
+    if isinstance(value, int | float):
+        return abs(value) < 2**63 and math.isfinite(value)
+    return not isinstance(value, str | Path) or is_printable(str(value))
 
 
 def _fits(value: Any, hint: Any) -> bool:

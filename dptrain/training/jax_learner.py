@@ -128,9 +128,7 @@ class JaxLearner:
                 if is_last:
                     break
             gradient = dpj.privatize(out, spec, key.child("noise", index), donate=True)
-            before_release(
-                index, spec, lambda grads=gradient.grads: {n: np.asarray(g) for n, g in grads.items()}
-            )
+            before_release(index, spec, gradient.on_host)
             self.is_whole = False
             # As torch's average: it begins with the weights after the first step.
             decay = jnp.float32(warmed_decay(run.config.weight_average, index) if index else 0.0)

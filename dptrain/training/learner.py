@@ -97,7 +97,7 @@ class TorchLearner:
     def get_ready(self, compiles: Callable[[], None]) -> tuple[int, list[Trial]]:
         run, config = self.run, self.run.config
         run.learner.train()
-        options = {"clip_norm": config.clip_norm, "method": run.method}
+        options = {"clip_norm": config.clip_norm, "method": run.method, "grid": run.mechanism.grid}
         clipped = dpt.clipped_grad(run.learner, make_loss(run), **options)
         size, trials = config.physical_batch_size, []
         if size == "auto":  # measured uncompiled: to compile each size would take minutes
@@ -140,7 +140,7 @@ class TorchLearner:
         numbers = dict(state.numbers)
         if self.average is not None:
             put(weights(self.average.module), under("average", state.tensors))
-            self.average.n_averaged.fill_(numbers.pop("averaged"))
+            self.average.n_averaged.fill_(int(numbers.pop("averaged", 0)))
         restore_optimizer(self.optimizer, self.schedule, under("optimizer", state.tensors), numbers)
         self.taken = taken
 

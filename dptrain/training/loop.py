@@ -92,9 +92,7 @@ def logical_steps(
                 if is_last:
                     break
         gradient = dpt.privatize(total, spec, key.child("noise", index), donate=True)
-        before_release(
-            index, spec, lambda grads=gradient.grads: {n: g.cpu().numpy() for n, g in grads.items()}
-        )
+        before_release(index, spec, gradient.on_host)
         dpt.apply(optimizer, run.learner, gradient)
         yield Step(index + 1, unprotected(parts, spec) if parts else None)
 

@@ -8,6 +8,8 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from dptrain.training.checkpoint import CheckpointError
+
 Tensors = dict[str, torch.Tensor]
 
 
@@ -29,7 +31,21 @@ def optimizer_state(optimizer: Optimizer, schedule: LRScheduler) -> tuple[Tensor
 def restore_optimizer(
     optimizer: Optimizer, schedule: LRScheduler, tensors: Tensors, numbers: dict[str, Any]
 ) -> None:
-    """Give an optimizer of the same making what `optimizer_state` took."""
+    """Give an optimizer of the same making what `optimizer_state` took.
+
+    Raises:
+        CheckpointError: it is of another one.
+    """
+    try:
+        _restore(optimizer, schedule, tensors, numbers)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(
+            "the optimizer's state in the checkpoint is of another one: resume with the settings and the "
+            "versions that it was made with."
+        ) from error
+
+
+def _restore(optimizer: Optimizer, schedule: LRScheduler, tensors: Tensors, numbers: dict[str, Any]) -> None:
     state: dict[int, dict[str, Any]] = {}
     for key, value in {**tensors, **numbers["state"]}.items():
         index, _, name = key.partition("/")

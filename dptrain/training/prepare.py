@@ -175,8 +175,10 @@ def make_mechanism(config: TrainConfig, dataset_size: int, private: bool) -> Mec
     if not private:
         return Mechanism.constant(noise_multiplier=0.0, **constants)
     if config.noise_multiplier is not None:
-        return Mechanism.constant(noise_multiplier=config.noise_multiplier, **constants)
-    return Mechanism.calibrate(epsilon=config.epsilon, accountant=config.accountant, **constants)
+        mechanism = Mechanism.constant(noise_multiplier=config.noise_multiplier, **constants)
+    else:
+        mechanism = Mechanism.calibrate(epsilon=config.epsilon, accountant=config.accountant, **constants)
+    return mechanism.hardened() if config.hardened else mechanism
 
 
 def _initialised(config: TrainConfig, splits: Splits, key: Key) -> Made:

@@ -10,9 +10,10 @@ from torch import nn
 
 from dptrain.core import durable
 from dptrain.core.key_file import forget, key_path
-from dptrain.core.ledger import Ledger, LedgerError, Mark
+from dptrain.core.ledger import Ledger, LedgerError
 from dptrain.training.checkpoint import Checkpoint, CheckpointError, Checkpoints, read
 from dptrain.training.config import ConfigError, TrainConfig
+from dptrain.training.facts import Facts
 from dptrain.training.run_folder import CONFIG, RunFolder
 
 Tensors = dict[str, torch.Tensor]
@@ -32,6 +33,7 @@ class Saved:
     config: TrainConfig
     ledger: Ledger
     checkpoint: Checkpoint
+    facts: Facts
     fixed: Tensors
     notes: tuple[str, ...]
 
@@ -49,23 +51,25 @@ def open_saved(path: Path) -> Saved | None:
     if folder.is_finished:
         _tidy(folder)
         raise ConfigError(f"the run in {path} is finished: there is nothing to resume.")
+    config = folder.config
     checkpoint, refused = Checkpoints(folder.checkpoints).newest()
     if checkpoint is None and not refused and not _has_released(folder):
         return None
     if checkpoint is None:
         missing = f"{folder.checkpoints} holds no checkpoint"
         raise CheckpointError(f"{' '.join(refused) or missing}: the run in {path} cannot go on.")
+    facts = Facts.from_dict(checkpoint.facts)
     ledger = Ledger.open(folder.ledger)
     try:
-        ledger.check_continues(Mark(**checkpoint.facts["ledger"]))
-        fixed, facts = read(folder.fixed)
-        if facts != {"run": ledger.run}:
+        ledger.check_continues(facts.ledger)
+        fixed, belongs = read(folder.fixed)
+        if belongs != {"run": ledger.run}:
             raise CheckpointError(f"{folder.fixed} is of another run: put the one of this run back.")
     except BaseException:
         ledger.close()
         raise
     notes = [f"{note} The one before it is used." for note in refused]
-    return Saved(folder, folder.config, ledger, checkpoint, fixed, tuple(notes))
+    return Saved(folder, config, ledger, checkpoint, facts, fixed, tuple(notes))
 
 
 def _tidy(folder: RunFolder) -> None:

@@ -17,6 +17,7 @@ from dptrain.training import secret
 from dptrain.training.checkpoint import Checkpoint, Checkpoints, write
 from dptrain.training.config import ConfigError
 from dptrain.training.evaluation import Score, evaluate
+from dptrain.training.facts import Facts
 from dptrain.training.identity import identity
 from dptrain.training.learner import Learner, State, TorchLearner
 from dptrain.training.listener import Listener
@@ -44,8 +45,8 @@ class Session:
         self.tensorboard: TensorBoard | None = None
         self.checkpoints = Checkpoints(folder.checkpoints)
         self.pace = Pace(run.config.checkpoint_every)
-        self.measured: Consulted = saved.checkpoint.facts["measured"] if saved else {}
-        self.trained_s: float = saved.checkpoint.facts["training_s"] if saved else 0.0
+        self.measured: Consulted = saved.facts.measured if saved else {}
+        self.trained_s: float = saved.facts.training_s if saved else 0.0
         self.started = time.perf_counter()
         self.size = 0
         self.ledger: Ledger
@@ -85,17 +86,17 @@ class Session:
         self._open_tensorboard()
 
     def _go_on(self, saved: Saved) -> None:
-        facts, made = saved.checkpoint.facts, len(self.ledger.releases)
-        self.learner.restore(saved.checkpoint.step, State(saved.checkpoint.tensors, facts["learner"]))
+        facts, made = saved.facts, len(self.ledger.releases)
+        self.learner.restore(saved.checkpoint.step, State(saved.checkpoint.tensors, facts.learner))
         with self._storage():
             for folder in (self.folder.path, self.folder.checkpoints):
                 durable.remove_unfinished(folder)
-            self.folder.cut_metrics(facts["metrics_bytes"])
+            self.folder.cut_metrics(facts.metrics_bytes)
             key, note = secret.stored(self.run, self.ledger)
         self.releases = self._releases(key)
         self._open_tensorboard()
         self._record({"event": "resumed", "step": self.learner.taken, "releases": made})
-        self.listener.resumed(self.learner.taken, made - facts["ledger"]["length"], self.releases.repeats)
+        self.listener.resumed(self.learner.taken, made - facts.ledger.length, self.releases.repeats)
         for text in (*saved.notes, *([note] if note else [])):
             self.listener.noted(text)
 
@@ -157,16 +158,16 @@ class Session:
     def _checkpoint(self) -> None:
         with self._storage(), self.pace.writing(self.learner.taken):
             state = self.learner.state()
-            facts = {
-                "identity": identity(self.run),
-                "ledger": asdict(self.ledger.mark),
-                "learner": state.numbers,
-                "measured": self.measured,
-                "metrics_bytes": self.folder.metrics_bytes(),
-                "physical_batch_size": self.size,
-                "training_s": self._training_s(),
-            }
-            self.checkpoints.save(Checkpoint(self.learner.taken, facts, state.tensors))
+            facts = Facts(
+                identity=identity(self.run),
+                ledger=self.ledger.mark,
+                learner=state.numbers,
+                measured=self.measured,
+                metrics_bytes=self.folder.metrics_bytes(),
+                physical_batch_size=self.size,
+                training_s=self._training_s(),
+            )
+            self.checkpoints.save(Checkpoint(self.learner.taken, facts.to_dict(), state.tensors))
 
     def _epsilon(self, releases: int) -> float:
         """Epsilon of so many releases; between evaluations an upper bound, which is cheap."""

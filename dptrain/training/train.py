@@ -51,10 +51,9 @@ def resume(path: Path, config: TrainConfig | None = None, listener: Listener | N
 def _train(config: TrainConfig, folder: RunFolder, saved: Saved | None, listener: Listener) -> Outcome:
     run = prepare(config, saved)
     if saved is not None:
-        check_same_run(saved.checkpoint.facts["identity"], run)
+        check_same_run(saved.facts.identity, run)
         # Another size would round differently.
-        size = saved.checkpoint.facts["physical_batch_size"]
-        run = replace(run, config=replace(run.config, physical_batch_size=size))
+        run = replace(run, config=replace(run.config, physical_batch_size=saved.facts.physical_batch_size))
     listener.prepared(run, folder)
     with matmul_precision(run.config.precision):
         return Session(run, folder, saved, listener).run_to_end()

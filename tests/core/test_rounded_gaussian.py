@@ -19,7 +19,7 @@ KEY = Key.from_seed(11)  # fixed: these tests pass or fail, they do not flicker
 USUAL = 1.3 * 2.0**24
 
 
-def drawn(stddev, size=BLOCK, block=0, name="w", key=KEY):
+def drawn(stddev, size=2**15, block=0, name="w", key=KEY):
     source = RoundedGaussians(key, stddev, (size + 1) // 2)
     return source.draw([Place(streams_of(name), block, size)])[0].copy()
 
@@ -43,7 +43,7 @@ def in_many_digits(stddev, radius, angle):
 
 @pytest.mark.parametrize("stddev", [1.0, 3.0, USUAL, 2.0**32])
 def test_every_number_is_what_many_digits_say(stddev):
-    pairs = 1500
+    pairs = 400
     words, numbers = first_words("w", pairs), drawn(stddev)
     compared = 0
     for i in range(pairs):
@@ -71,9 +71,9 @@ def test_the_numbers_do_not_depend_on_floating_point(stddev, monkeypatch):
 
 def test_without_the_bound_some_numbers_would_be_wrong(monkeypatch):
     """What the comparison with many digits can see."""
-    right = drawn(2.0**32)
+    right = drawn(2.0**32, BLOCK)
     monkeypatch.setattr(rounded_gaussian, "ACCURACY", 0.0)
-    wrong = right != drawn(2.0**32)
+    wrong = right != drawn(2.0**32, BLOCK)
     assert 0 < wrong.sum() < 1000
 
 
@@ -102,7 +102,7 @@ def test_the_bound_holds(stddev):
     """Wherever the words lie: near 0, near 1, where R is 5, and near the turns of the cosine."""
     edge = int(math.exp(-12.5) * 2**64)
     radii = [1, 2**40, edge, edge * 2, 2**60, 2**63, 2**64 - 1, 2**64 - 2**20, 2**64 - 2**43]
-    radii += [int(r) for r in np.random.default_rng(1).integers(edge, 2**64, 200, dtype=np.uint64)]
+    radii += [int(r) for r in np.random.default_rng(1).integers(edge, 2**64, 40, dtype=np.uint64)]
     angles = [
         0,
         1,
@@ -299,9 +299,8 @@ def test_goodness_of_fit_on_ten_million(stddev):
     assert min(found.values()) > 1e-6, found
 
 
-@pytest.mark.parametrize("wrong", [1.002, 3.0 / 2.98])
-def test_the_tests_of_fit_see_a_wrong_deviation(wrong, monkeypatch):
-    monkeypatch.setattr(RoundedGaussians, "__init__", _scaled(wrong))
+def test_the_tests_of_fit_see_a_wrong_deviation(monkeypatch):
+    monkeypatch.setattr(RoundedGaussians, "__init__", _scaled(1.002))
     assert min(fit(3.0, 10**7).values()) < 1e-6
 
 

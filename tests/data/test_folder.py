@@ -40,9 +40,17 @@ def test_workers_give_the_batches_in_order(folder):
 def test_a_damaged_image_is_named(folder):
     path = folder / "train/red/0.png"
     path.write_bytes(b"no image")
-    train = load(str(folder), preprocess=Preprocess(image_size=16), workers=0).train
     with pytest.raises(DataError, match=r"red/0.png is not a readable image"):
-        train.gather(torch.arange(6))
+        load(str(folder))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_is_cut_off_is_named_in_one_sentence(folder, workers):
+    path = folder / "train/red/0.png"
+    path.write_bytes(path.read_bytes()[:-30])
+    train = load(str(folder), preprocess=Preprocess(image_size=16), workers=workers).train
+    with pytest.raises(DataError, match=r"^[^\n]*red/0.png is not a readable image[^\n]*remove it.$"):
+        list(train.stream(iter([torch.arange(6)])))
 
 
 def test_classes_must_agree(folder):

@@ -24,7 +24,7 @@ def test_toml_is_read_and_its_settings_replace_their_rivals(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [('{"lrr": 1}', "no setting 'lrr'"), ("{", "not valid json"), ("[1]", "table of settings")],
+    [('{"lrr": 1}', "no setting 'lrr'"), ("{", "not valid JSON"), ("[1]", "table of settings")],
 )
 def test_a_bad_file_is_refused(tmp_path, content, message):
     path = tmp_path / "config.json"

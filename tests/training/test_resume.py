@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from dptrain import torch as dpt
 from dptrain.core.entropy import Key
 from dptrain.core.ledger import Ledger, LedgerError
+from dptrain.core.remembered import remembered
 from dptrain.training import ConfigError, Silent, StorageError, checkpoint, resume, run_folder, train
 from dptrain.training.checkpoint import CheckpointError, Checkpoints
+from dptrain.training.learner import TorchLearner
 
 
 class Killed(BaseException):
@@ -74,6 +76,7 @@ VARIANTS = [
     {"model": "mlp", "weight_average": 0.9, "optimizer": "sgd", "method": "auto"},
     {"model": "lenet", "image_size": 28, "trainable": "head", "cache_features": True},
     {"method": "non-private"},
+    {"model": "mlp", "hardened": True},
     {"engine": "jax", "model": "mlp", "optimizer": "adam", "lr": 1e-2, "weight_average": 0.9},
 ]
 
@@ -357,6 +360,33 @@ def test_a_ledger_in_the_way_is_not_removed(quick, tmp_path):
     with pytest.raises(LedgerError, match="holds releases"):
         train(quick(out=other))
     assert len(Ledger.read(other / "ledger.jsonl").releases) == 3
+
+
+def test_frozen_weights_that_chance_made_come_back(quick):
+    """Without a seed nothing else could make them again."""
+    folder = killed(
+        quick(model="lenet", image_size=28, trainable="head", seed=None, checkpoint_every=2), after=3
+    )
+    frozen = load_file(folder / "checkpoints/fixed.safetensors")
+    saved = load_file(resume(folder).folder.weights)
+    assert len(frozen) >= 4 and all(torch.equal(saved[name], value) for name, value in frozen.items())
+
+
+def test_what_was_measured_is_recalled(quick, monkeypatch):
+    """`auto` takes the routes that it took before, or sums would round differently."""
+    monkeypatch.setenv("DPTRAIN_CACHE", "")
+    real, measured, seen = TorchLearner.get_ready, iter([1.0, 2.0]), []
+
+    def measures(learner, compiles):
+        memory = remembered("routes", "made up")
+        if "gram" not in memory.known:
+            memory.known["gram"] = next(measured)
+        seen.append(memory.known["gram"])
+        return real(learner, compiles)
+
+    monkeypatch.setattr(TorchLearner, "get_ready", measures)
+    resume(killed(quick(checkpoint_every=2), after=3))
+    assert seen == [1.0, 1.0]
 
 
 def test_frozen_weights_of_another_run_are_refused(quick, tmp_path):

@@ -128,6 +128,26 @@ def test_variants_run(quick, changes):
     assert train(quick(lr_schedule="cosine", **changes)).steps == 4
 
 
+def test_a_hardened_run_ends_where_an_ordinary_one_does(quick, tmp_path):
+    """Noise of other draws, as much of it."""
+    quiet = {"noise_multiplier": 0.3, "steps": 20, "model": "mlp"}
+    plain = train(quick(**quiet))
+    hardened = train(quick(**quiet, hardened=True, out=tmp_path / "hardened"))
+    assert hardened.run.mechanism.grid is not None
+    assert hardened.epsilon == plain.epsilon
+    assert hardened.score.accuracy == pytest.approx(plain.score.accuracy, abs=0.1)
+    assert Ledger.read(hardened.folder.ledger).releases[0].spec.grid == hardened.run.mechanism.grid
+
+
+@pytest.mark.parametrize(
+    "changes", [{"engine": "jax"}, {"compile": True}, {"method": "non-private"}, {"method": "ghost"}]
+)
+def test_what_cannot_be_hardened_is_refused(quick, tmp_path, changes):
+    with pytest.raises(ValueError, match=r"hardened|grid"):
+        train(quick(hardened=True, **changes))
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_non_private_method_learns_without_noise(quick):
     outcome = train(quick(method="non-private", steps=30, lr=0.1))
     assert outcome.epsilon == float("inf")

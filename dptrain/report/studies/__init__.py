@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
+from dptrain.report.errors import told_of
 from dptrain.report.reading import Study
 from dptrain.report.shown import Shown
 from dptrain.report.studies import accuracy, cost, memory, plain, precision, scaling, sections, support
@@ -42,7 +44,30 @@ def show(study: Study) -> Shown:
     """What a study comes to. One that is not known is shown as a table of its cases.
 
     Never raises for a record of any status, nor for none.
+
+    Raises:
+        ReportError: a record holds values of another kind than it should; says which if one does it alone.
     """
+    try:
+        return _shown(study)
+    except MemoryError:
+        raise
+    except Exception:
+        with told_of(f"The study {study.name}" + _culprit(study)):
+            raise
+
+
+def _culprit(study: Study) -> str:
+    """The first record that cannot be shown alone."""
+    for record in study.records:
+        try:
+            _shown(dataclasses.replace(study, records=(record,)))
+        except Exception:
+            return f" with its record {record.id}"
+    return ""
+
+
+def _shown(study: Study) -> Shown:
     if study.name in STUDIES:
         return STUDIES[study.name](study)
     measures = {record.measure for record in study.records}

@@ -1,0 +1,21 @@
+"""Everything that is fuzzed: a line for each reader in the files of this package."""
+
+from __future__ import annotations
+
+from benchmarks.fuzz.target import Target
+from benchmarks.fuzz.targets import (
+    arguments,
+    arrays,
+    command_line,
+    images,
+    records,
+    runs,
+    settings,
+    weights,
+)
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for part in (images, arrays, weights, settings, runs, records, command_line, arguments)
+    for target in part.TARGETS
+}
