@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from unittest import mock
 
+import numpy as np
 import pytest
 
 from .faults import FAULTS, Fault
@@ -62,6 +64,21 @@ def check(fault: Fault, engine: str) -> None:
     with fault.planted(engine):
         for name in fault.caught_by:
             assert sees(getattr(suite, name)), f"{fault.what}, and {name} does not see it."
+
+
+@pytest.mark.parametrize("name", ["twice-the-clip-norm", "norm-without-a-layer"])
+def test_the_rehearsal_refuses_grossly_wrong_norms_before_the_first_step(name: str):
+    """Planting silences it; here it is heard again."""
+    import dptrain.torch as dpt
+    from dptrain.torch.rehearsal import rehearse
+
+    from .torch_subjects import TorchLoop
+
+    subject = TorchLoop()
+    with FAULTS[name].planted("torch"), mock.patch("dptrain.torch.clipping.rehearse", rehearse):
+        clipped = subject.clipped(subject.problem(), 1.0)
+        with pytest.raises(dpt.Refused, match="please report this model"):
+            clipped(np.ones(24, bool))
 
 
 #: what a folder of images or the configuration of a run cannot bring about

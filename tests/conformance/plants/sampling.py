@@ -35,8 +35,9 @@ def shuffled(patch: Patch) -> None:
     def sample(sampler: LogicalSampler, step: int) -> Any:
         parts = max(1, round(1 / sampler.sampling.sample_rate))
         epoch, part = divmod(step, parts)
-        order = sampler.key.child("epoch", epoch).numpy_generator().permutation(sampler.dataset_size)
-        return np.sort(np.array_split(order, parts)[part])
+        size = sampler.dataset_size
+        order = sampler.key.child("epoch", epoch).numpy_generator().permutation(size)
+        return np.sort(order[part * size // parts : (part + 1) * size // parts])
 
     _sampler(patch, lambda true: sample)
 
