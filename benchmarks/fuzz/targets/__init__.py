@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from benchmarks.fuzz.target import Target
-from benchmarks.fuzz.targets import arguments, arrays, command_line, images, records, settings, weights
+from benchmarks.fuzz.targets import (
+    arguments,
+    arguments_jax,
+    arrays,
+    command_line,
+    images,
+    records,
+    settings,
+    weights,
+)
 
 TARGETS: dict[str, Target] = {
     target.name: target
-    for part in (images, arrays, weights, settings, records, command_line, arguments)
+    for part in (images, arrays, weights, settings, records, command_line, arguments, arguments_jax)
     for target in part.TARGETS
 }
