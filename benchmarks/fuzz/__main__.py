@@ -67,8 +67,7 @@ def replay(which: str, seed: int) -> int:
     given = target.input(seed, int(number))
     print(repr(given)[:2000])
     warnings.simplefilter("error")
-    worker.limit_memory()
-    with tempfile.TemporaryDirectory() as folder:
+    with worker.limited_memory(), tempfile.TemporaryDirectory() as folder:
         print(worker.one(target, given, Path(folder)))
         target.feed(given, Path(folder))
     return 0

@@ -85,7 +85,7 @@ def unclear(message: str, scratch: Path) -> str:
         return "it is too long"
     if "Traceback" in message or "\n" in message:
         return "it has several lines"
-    if re.search(r"NoneType|object has no attribute|takes \d+ positional|unexpected keyword", message):
+    if re.search(r"object has no attribute|takes \d+ positional|unexpected keyword", message):
         return "it speaks of the inside"
     if len(message.split()) < 4:
         return "it says too little"

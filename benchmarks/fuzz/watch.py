@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import multiprocessing
 import os
 import struct
@@ -21,6 +20,7 @@ from benchmarks.fuzz.worker import WAIT_S, keep
 
 GRACE_S = 120.0
 """Beyond the limit of an input, for those that nothing in Python can stop, and for the libraries to load."""
+LEAST = 100  # inputs for each target
 TRIES = 20  # processes that may die for one target
 
 
@@ -102,5 +102,8 @@ def _context() -> Any:
 
 def shared_out(targets: Mapping[str, Target], inputs: int) -> dict[str, int]:
     """How many inputs each target gets: fast ones more, slow ones more than their speed alone would give."""
-    weights = {name: math.sqrt(target.speed) for name, target in targets.items()}
-    return {name: max(1, round(inputs * weight / sum(weights.values()))) for name, weight in weights.items()}
+    weights = {name: target.speed**0.8 for name, target in targets.items()}
+    return {
+        name: max(min(LEAST, inputs), round(inputs * weight / sum(weights.values())))
+        for name, weight in weights.items()
+    }

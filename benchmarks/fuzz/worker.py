@@ -11,6 +11,8 @@ import struct
 import tempfile
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -35,12 +37,16 @@ def _too_long(signum: int, frame: FrameType | None) -> None:
     raise Hang
 
 
-def limit_memory(more: int = MEMORY_BYTES) -> None:
-    """Let the process have `more` bytes beside what it has."""
+@contextmanager
+def limited_memory(more: int = MEMORY_BYTES) -> Iterator[None]:
+    """Let the process have no more than `more` bytes beside what it has."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + more
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def one(
@@ -77,8 +83,7 @@ def main(name: str, seed: int, first: int, last: int, step: int, out: Path) -> N
         prefix="fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None
     ) as folder:
         scratch = Path(folder)
-        limit_memory()
-        with progress.open("wb", buffering=0) as at:
+        with limited_memory(), progress.open("wb", buffering=0) as at:
             for done, number in enumerate(range(first, last, step)):
                 at.seek(0)
                 at.write(struct.pack("<Q", number))

@@ -19,7 +19,7 @@ def number(name: str, value: Any) -> float:
         raise TypeError(f"{name} must be a number, but it is {shown(value)}; give a real number.")
     try:
         result = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):  # tensors raise the last
         raise TypeError(f"{name} must be a number, but it is {shown(value)}; give a real number.") from None
     except OverflowError:
         raise ValueError(
@@ -105,7 +105,7 @@ def sequence(name: str, value: Any) -> list[Any]:
 
 def shown(value: Any) -> str:
     """`value` as a message can hold it: on one line, and not too long."""
-    text = repr(value)
+    text = " ".join(repr(value).split())
     return text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
 
 

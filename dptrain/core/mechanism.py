@@ -310,7 +310,7 @@ class Mechanism:
             points: the numbers of steps, or how many of them to spread evenly over the
                 whole mechanism; the last of these is always all steps.
         """
-        if isinstance(points, int):
+        if not isinstance(points, Iterable):
             spread = min(checks.whole("points", points), self.steps)
             points = sorted({math.ceil(self.steps * (i + 1) / spread) for i in range(spread)})
         return [(steps, self.epsilon(delta, steps, accountant)) for steps in points]

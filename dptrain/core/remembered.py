@@ -109,4 +109,4 @@ def _read(path: Path | None) -> dict[str, float]:
 
 
 def _is_time(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value < float("inf")
+    return type(value) in (int, float) and 0 <= value < 1e300

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from dptrain.core import methods
+from dptrain.core import checks, methods
 from dptrain.core.methods import Method
 
 from . import baselines, stopwatch
@@ -62,22 +62,29 @@ def clipped_grad(
         rows: of ``auto``: examples computed at once, in place of what is fastest.
 
     Raises:
+        TypeError: no function, or no number where one is needed.
         ValueError: a clip norm below 1e-12 or not finite, an unknown method, or arguments that are both
             parameters and data.
     """
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function of (params, example), and is {checks.shown(loss_fn)}.")
     row = methods.resolve(method)
-    clip_norm = float(clip_norm)
+    clip_norm = checks.number("clip_norm", clip_norm)
     if not 1e-12 <= clip_norm < float("inf"):  # below, squares of float32 vanish
         raise ValueError(f"clip_norm must be at least 1e-12 and finite, and is {clip_norm}.")
-    batched = (batch_argnums,) if isinstance(batch_argnums, int) else tuple(batch_argnums)
-    if argnums in batched or min(argnums, *batched) < 0 or len(set(batched)) != len(batched):
+    argnums = checks.whole("argnums", argnums, minimum=0)
+    listed = batch_argnums if isinstance(batch_argnums, Sequence) else (batch_argnums,)
+    batched = tuple(checks.whole("each of batch_argnums", i, minimum=0) for i in listed)
+    if not batched or argnums in batched or len(set(batched)) != len(batched):
         raise ValueError(
             "argnums is the one argument with parameters, batch_argnums are others with examples; both count "
             "from 0."
         )
     for option, value in (("rows", rows), ("memory_budget", memory_budget)):
-        if value is not None and (row.capture is not methods.Capture.PLANNED or value < 1):
-            raise ValueError(f"{option} must be a positive number, for method='auto' and not {row.name!r}.")
+        if value is not None and row.capture is not methods.Capture.PLANNED:
+            raise ValueError(f"{option} is for method='auto', and not for {row.name!r}.")
+        if value is not None:
+            checks.whole(option, value)
     return ClippedGrad(loss_fn, clip_norm, row, argnums, batched, has_aux, allow_unused, memory_budget, rows)
 
 
@@ -113,8 +120,10 @@ class ClippedGrad:
                 floating-point arrays.
             Refused: parameters that the loss does not depend on.
         """
+        for leaf in jax.tree.leaves(args):
+            _array("a leaf of the arguments", leaf)
         size = self._batch_size(args)
-        mask = jnp.ones(size, bool) if mask is None else jnp.asarray(mask)
+        mask = jnp.ones(size, bool) if mask is None else _array("the mask", mask)
         if mask.shape != (size,) or mask.dtype != bool:
             raise ValueError(
                 f"the mask must be bool of shape ({size},), one for each example, and is {mask.dtype} of "
@@ -193,6 +202,7 @@ class ClippedGrad:
                     f"has_aux is {self.has_aux}, and it returned {type(out).__name__}."
                 )
             value, aux = out if self.has_aux else (out, None)
+            _array("the loss of one example", value)
             if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
                 raise ValueError(
                     "the loss of one example must be a floating-point scalar, and is "
@@ -301,3 +311,14 @@ def _stand_ins(data: list[Array], mask: Array) -> list[Array]:
         return jnp.where(here, x, jnp.where(some, x[first], jnp.zeros((), x.dtype)))
 
     return [one(x) for x in data]
+
+
+def _array(what: str, value: Any) -> Any:
+    """A leaf, if JAX takes it for an array or a number."""
+    try:
+        if value is None:
+            raise TypeError
+        jnp.result_type(value)
+        return value if hasattr(value, "shape") else jnp.asarray(value)
+    except (TypeError, ValueError, OverflowError):
+        raise TypeError(f"{what} must be an array, and is {checks.shown(value)}.") from None

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import optax
 
+from dptrain.core import checks
 from dptrain.core.entropy import Key
 from dptrain.core.ledger import Ledger
 from dptrain.core.mechanism import Mechanism
@@ -162,10 +163,11 @@ def make_private(
     sizes = {len(x) for x in jax.tree.leaves(dataset)} if is_tree_of_arrays(dataset) else {len(dataset)}
     if len(sizes) != 1:
         raise ValueError(f"the arrays of the data set hold different numbers of examples: {sorted(sizes)}.")
+    (size,) = sizes
     refuse_grid(mechanism)
-    check_dataset_size(mechanism, sizes.pop())
-    if not isinstance(physical_batch_size, int) or physical_batch_size < 1:
-        raise ValueError(f"physical_batch_size must be a positive integer, not {physical_batch_size!r}.")
+    check_dataset_size(mechanism, size)
+    # No batch is ever larger.
+    physical_batch_size = min(checks.whole("physical_batch_size", physical_batch_size), size)
     releases = releases_of(mechanism, ledger, key, taken)
     return PrivateTraining(
         loss_fn, params, optimizer, dataset, mechanism, physical_batch_size, method, masked, releases, taken

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-from dptrain.core import methods
+from dptrain.core import checks, methods
 from dptrain.core.grid import checked as checked_grid
 from dptrain.core.methods import Method
 
@@ -24,7 +24,7 @@ from .batch import clip_batch, replace_rows
 from .clipped_sum import ClippedSum
 from .compile import Compiler
 from .errors import Changed, Misfit, Refused, Unforeseen
-from .guards import check_batch, check_model, listed, trainable
+from .guards import check_batch, check_callables, check_model, listed, trainable
 from .planner import Options, Plan, make_plan
 from .probe import probe
 from .rehearsal import rehearse
@@ -72,11 +72,13 @@ def clipped_grad(
             gradient of each example; ``auto`` is then "per-example".
 
     Raises:
+        TypeError: no module, no function, or no number where one is needed.
         ValueError: a clip norm below 1e-12 or not finite, an unknown method, options of ``auto`` that it or
             another method cannot follow, or a method that cannot sum on a grid.
     """
+    check_callables(model, loss_fn)
     row = methods.resolve(method)
-    clip_norm = float(clip_norm)
+    clip_norm = checks.number("clip_norm", clip_norm)
     if not 1e-12 <= clip_norm < float("inf"):  # below, squares of float32 vanish
         raise ValueError(f"clip_norm must be at least 1e-12 and finite, and is {clip_norm}.")
     options = _options(row, memory_budget, routes)
@@ -98,10 +100,12 @@ def _on_a_grid(method: Method, options: Options) -> Method:
 
 
 def _options(method: Method, memory_budget: int | None, routes: Mapping[str, str] | None) -> Options:
-    if (memory_budget is not None or routes) and method.capture is not methods.Capture.PLANNED:
+    if (memory_budget is not None or routes is not None) and method.capture is not methods.Capture.PLANNED:
         raise ValueError(f"memory_budget and routes are for method='auto', and not for {method.name!r}.")
-    if memory_budget is not None and not memory_budget >= 0:
-        raise ValueError(f"memory_budget must be a number of bytes, and is {memory_budget}.")
+    if memory_budget is not None:
+        memory_budget = int(checks.non_negative("memory_budget", memory_budget))
+    if not isinstance(routes, Mapping | None) or not all(isinstance(name, str) for name in routes or ()):
+        raise TypeError("routes must be a dictionary from patterns of parameter names to routes.")
     for name in (routes or {}).values():
         if name not in ROUTES:
             raise ValueError(f"route {name!r} is unknown; choose one of: {', '.join(ROUTES)}.")

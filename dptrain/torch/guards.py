@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from dptrain.core import checks
 from dptrain.core.methods import Method
 
 from .capture import Capture
@@ -19,6 +20,14 @@ from .errors import WRITTEN, Refused
 def trainable(model: nn.Module) -> dict[str, Tensor]:
     """Trainable leaf parameters by name, each once however often it is tied."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def check_callables(model: Any, loss_fn: Any) -> None:
+    """Raises TypeError: no module, or nothing that can be called for the losses."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, and is {checks.shown(model)}.")
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function of (model, batch), and is {checks.shown(loss_fn)}.")
 
 
 def check_batch(batch: Any, mask: Tensor | None) -> tuple[int, Tensor | None]:
@@ -31,12 +40,16 @@ def check_batch(batch: Any, mask: Tensor | None) -> tuple[int, Tensor | None]:
         shapes = ", ".join(str(tuple(t.shape)) for t in tensors)
         raise ValueError(f"every tensor of a batch must lead with the examples; got shapes {shapes}.")
     (batch_size,) = sizes
+    if any(t.layout != torch.strided or t.is_meta for t in tensors):
+        raise ValueError("every tensor of a batch must be dense and hold data: convert with to_dense().")
     if batch_size == 0:
         raise ValueError("the batch has no rows: pad it to a fixed size and mask the padding.")
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.shape != (batch_size,) or mask.dtype != torch.bool:
             what = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"mask must be a bool tensor of shape ({batch_size},), and is {what}.")
+        if mask.layout != torch.strided or mask.is_meta:
+            raise ValueError("mask must be dense and hold data, and is on the meta device or sparse.")
         mask = mask.to(tensors[0].device)
     return batch_size, mask
 

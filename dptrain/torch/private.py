@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from dptrain.core import checks
 from dptrain.core.entropy import Key
 from dptrain.core.ledger import Ledger
 from dptrain.core.mechanism import Mechanism
@@ -20,7 +21,7 @@ from dptrain.core.releases import NotTheSame, releases_of
 from dptrain.core.sampling import LogicalSampler, PhysicalBatch, physical_batches
 
 from .clipping import LossFn, clipped_grad
-from .guards import trainable
+from .guards import check_callables, trainable
 from .physical_batch import choose
 from .release import apply, privatize
 
@@ -177,6 +178,7 @@ def make_private(
     Raises:
         TypeError, ValueError: in one sentence, before any budget is spent.
     """
+    check_callables(model, loss_fn)
     if not isinstance(mechanism, Mechanism):
         raise TypeError("mechanism must be a dptrain.Mechanism: Mechanism.calibrate(...) makes one.")
     if isinstance(dataset, DataLoader):
@@ -222,9 +224,10 @@ def make_private(
         )
     check_dataset_size(mechanism, len(loader.dataset))
     releases = releases_of(mechanism, ledger, key, taken)
-    if physical_batch_size != "auto" and (
-        not isinstance(physical_batch_size, int) or physical_batch_size < 1
-    ):
+    if not isinstance(physical_batch_size, str):
+        size = checks.whole("physical_batch_size", physical_batch_size)
+        physical_batch_size = min(size, len(loader.dataset))  # no batch is ever larger
+    elif physical_batch_size != "auto":
         raise ValueError(
             f"physical_batch_size must be a positive integer or 'auto', not {physical_batch_size!r}."
         )

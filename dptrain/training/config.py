@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import tyro
 
+from dptrain.core.checks import shown
 from dptrain.core.files import Unreadable, parse_json, read_text
 from dptrain.core.printable import is_printable
 
@@ -176,7 +177,9 @@ class TrainConfig:
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
         """A configuration from file contents over the defaults; unknown keys are refused."""
         if unknown := sorted(set(values) - {field.name for field in fields(cls)}):
-            raise ConfigError(f"The configuration has no setting {unknown[0]!r}; see `dptrain train --help`.")
+            raise ConfigError(
+                f"The configuration has no setting {shown(unknown[0])}; see `dptrain train --help`."
+            )
         typed = {name: Path(v) if name in PATHS and isinstance(v, str) else v for name, v in values.items()}
         return replace(cls().without_rivals_of(values), **typed)
 
@@ -221,12 +224,12 @@ def _check(config: TrainConfig) -> None:
     for name, hint in get_type_hints(TrainConfig, include_extras=True).items():
         if not _fits(getattr(config, name), hint):
             raise ConfigError(
-                f"--{name.replace('_', '-')} cannot be {getattr(config, name)!r}; "
+                f"--{name.replace('_', '-')} cannot be {shown(getattr(config, name))}; "
                 "see `dptrain train --help` for what it takes."
             )
         if not _is_sound(getattr(config, name)):
             raise ConfigError(
-                f"--{name.replace('_', '-')} is {getattr(config, name)!r}: give a finite number, or a text "
+                f"--{name.replace('_', '-')} is {shown(getattr(config, name))}: give a finite number, or a text "
                 "without control characters."
             )
     for first, second in ALTERNATIVES:

@@ -115,7 +115,8 @@ def test_nothing_is_written_elsewhere(run):
     outside = [path for path in found["written"] if not any(Path(path).is_relative_to(a) for a in allowed)]
     assert outside == []
     assert (base / "runs/b [bold]/model.safetensors").is_file()
-    assert os.listdir(base / "here") == os.listdir(base / "temporary") == []
+    assert os.listdir(base / "here") == []
+    assert not [path for path in (base / "temporary").rglob("*") if path.is_file()]
     assert not (base / "home").exists()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from benchmarks.fuzz.target import Target
 from benchmarks.fuzz.targets import (
     arguments,
+    arguments_jax,
     arrays,
     command_line,
     images,
@@ -16,6 +17,6 @@ from benchmarks.fuzz.targets import (
 
 TARGETS: dict[str, Target] = {
     target.name: target
-    for part in (images, arrays, weights, settings, runs, records, command_line, arguments)
+    for part in (images, arrays, weights, settings, runs, records, command_line, arguments, arguments_jax)
     for target in part.TARGETS
 }

@@ -123,5 +123,5 @@ def _feed_folder(files: list[tuple[str, str, bytes]], scratch: Path) -> None:
 
 TARGETS = (
     of_bytes("image", "image.png", SEEDS, lambda path: decode(str(path), 16), (DataError,), speed=900),
-    Target("image-folder", _folder, _feed_folder, (DataError,), speed=200),
+    Target("image-folder", _folder, _feed_folder, (DataError,), speed=150),
 )
