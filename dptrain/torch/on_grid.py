@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .uses.base import widen
 
-#: elements from which each example is converted by itself, to save memory
-LARGE = 2**16
+#: elements that are rounded at once: so many stay in a cache until they are summed
+AT_ONCE = 2**17
 
 
 class GridSums:
@@ -59,43 +59,29 @@ class GridSums:
             included: ``[B]`` bool; the others contribute nothing, whatever they hold.
         """
         squares = torch.zeros(len(factors), dtype=torch.float64, device=factors.device)
+        factors = torch.where(included, factors, 0.0)
         for name, gradient in gradients.items():
-            multiples = self._multiples(gradient, factors, included)
-            squares += _squared_norms(multiples)
-            _add(self.sums[name], multiples, 1)
+            flat, total = gradient.reshape(len(squares), -1), self.sums[name].view(-1)
+            few = max(1, AT_ONCE // len(squares))
+            for g, part in zip(flat.split(few, 1), total.split(few)):
+                multiples = self._multiples(g, factors, included)
+                squares += torch.linalg.vector_norm(multiples, dim=1, dtype=torch.float64).square_()
+                part += multiples.to(torch.int64).sum(0)
         too_long = squares * (1 + self.slack) > (self.clip_norm / self.grid) ** 2
         if bool(too_long.any()):  # integers: what was added is taken away to the last bit
             for name, gradient in gradients.items():
-                _add(self.sums[name], self._multiples(gradient, factors, included)[too_long], -1)
+                flat, total = gradient.reshape(len(squares), -1)[too_long], self.sums[name].view(-1)
+                total -= self._multiples(flat, factors[too_long], included[too_long]).to(torch.int64).sum(0)
 
-    def _multiples(self, gradient: Tensor, factors: Tensor, included: Tensor) -> Tensor:
-        """``[B, *parameter]``, whole numbers in floating point."""
-        g = widen(gradient.detach())
-        shape = (-1, *[1] * (g.dim() - 1))
-        scale = torch.where(included, factors, 0.0).to(g.dtype) / self.grid  # exact: a power of two
+    def _multiples(self, gradients: Tensor, factors: Tensor, included: Tensor) -> Tensor:
+        """``[B, elements]``, whole numbers in floating point."""
+        g = widen(gradients.detach())
+        scale = factors.to(g.dtype) / self.grid  # exact: a power of two
         most = math.floor(self.clip_norm / self.grid)
-        multiples = torch.where(included.reshape(shape), g, 0.0)
-        return multiples.mul_(scale.reshape(shape)).trunc_().clamp_(-most, most)
-
-
-def _squared_norms(multiples: Tensor) -> Tensor:
-    """``[B]``, in float64."""
-    rows = multiples.reshape(len(multiples), -1)
-    if rows.shape[1] < LARGE:
-        return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square_()
-    return torch.stack([torch.linalg.vector_norm(row, dtype=torch.float64) for row in rows]).square_()
-
-
-def _add(total: Tensor, multiples: Tensor, sign: int) -> None:
-    if total.numel() < LARGE:
-        total.add_(multiples.to(torch.int64).sum(0), alpha=sign)
-        return
-    for example in multiples:
-        total.add_(example.to(torch.int64), alpha=sign)
+        multiples = (g * scale.unsqueeze(1)).trunc_().clamp_(-most, most)
+        return torch.where(included.unsqueeze(1), multiples, 0.0)  # 0 * NaN is NaN
 
 
 def zeros(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     """The sum over no examples."""
-    return {
-        name: torch.zeros_like(p, dtype=torch.int64, requires_grad=False) for name, p in parameters.items()
-    }
+    return {name: torch.zeros(p.shape, dtype=torch.int64, device=p.device) for name, p in parameters.items()}

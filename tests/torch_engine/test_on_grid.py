@@ -189,10 +189,11 @@ def test_rows_that_are_masked_or_not_finite_contribute_nothing(method):
     assert not any(integers(empty.grads)) and empty.grid == HARDENED.grid
 
 
-def test_large_leaves_are_added_an_example_at_a_time(monkeypatch):
+@pytest.mark.parametrize("at_once", [1, 100])
+def test_how_many_examples_are_rounded_at_once_does_not_matter(at_once, monkeypatch):
     model, batch = setting()
     want = integers(clipped_grad(model, "per-example")(batch).grads)
-    monkeypatch.setattr(on_grid, "LARGE", 10)
+    monkeypatch.setattr(on_grid, "AT_ONCE", at_once)
     assert integers(clipped_grad(model, "per-example")(batch).grads) == want
 
 
@@ -311,5 +312,5 @@ def test_exactness_of_the_bound_on_long_sums():
     for size in (1, 1000, 10**6):
         n = torch.from_numpy(rng.integers(-(2**14), 2**14, size).astype(np.float32))
         exact = sum(int(m) ** 2 for m in n.tolist())
-        found = float(on_grid._squared_norms(n.unsqueeze(0)))
+        found = float(torch.linalg.vector_norm(n, dtype=torch.float64)) ** 2
         assert math.isclose(found, exact, rel_tol=sums.slack)
