@@ -44,9 +44,12 @@ class Watching:
         game = self._game
         plain = game.alone & ~game.repeated
         found = [self._of("likelihood ratio", self._log_ratio)]
-        for name, some in (
-            ("one layer", plain), ("one layer, used several times", game.repeated), ("all layers", ~game.alone),
-        ):  # fmt: skip
+        groups = {
+            "one layer": plain,
+            "one layer, used several times": game.repeated,
+            "all layers": ~game.alone,
+        }
+        for name, some in groups.items():
             if some.any():
                 found.append(self._of(f"likelihood ratio, {name}", self._log_ratio, some))
         if self._taken > 1:
@@ -65,8 +68,8 @@ class Watching:
 def log_likelihood_ratio(along: Array, spec: StepSpec) -> Array:
     """Of "took part in this training" to "did not", for what one step shows along a canary.
 
-    ``log(1 - q + q exp((2 y - 1) / (2 σ²)))``: with probability q a sample adds 1 to Gaussian noise of standard
-    deviation σ.
+    ``log(1 - q + q exp((2 y - 1) / (2 σ²)))``: with probability q a sample adds 1 to Gaussian noise of
+    standard deviation σ.
     """
     with np.errstate(divide="ignore"):
         absent = np.log1p(-spec.sample_rate)
@@ -77,8 +80,8 @@ def log_likelihood_ratio(along: Array, spec: StepSpec) -> Array:
 def low_digits(along: Array, clip_norm: float) -> Array:
     """How much more a value looks like a number of bfloat16 with a clipped gradient taken off than as it is.
 
-    Noise that was rounded to few digits lies on a grid, and a gradient that is added in more digits moves it off
-    (Mironov 2012, "On significance of the least significant bits for differential privacy").
+    Noise that was rounded to few digits lies on a grid, and a gradient that is added in more digits moves it
+    off (Mironov 2012, "On significance of the least significant bits for differential privacy").
     """
     with np.errstate(invalid="ignore"):
         return _off_the_grid(clip_norm * along) - _off_the_grid(clip_norm * (along - 1))

@@ -1,7 +1,7 @@
 """From scores to lower bounds on ε: statistics alone, of arrays.
 
-Confidence is honest: thresholds are chosen by rank before the data are seen, and the significance is divided by
-the number of statements that are made.
+Confidence is honest: thresholds are chosen by rank before the data are seen, and the significance is shared
+out to all statements that are made.
 """
 
 from __future__ import annotations
@@ -46,6 +46,13 @@ class Evidence:
         return np.sort(self.scores[~self.present]), np.sort(self.scores[self.present])
 
 
+def shares(significance: float, adversaries: int) -> list[float]:
+    """Half for the first adversary, who has no better where all is as stated, and the rest for the others."""
+    if adversaries == 1:
+        return [significance]
+    return [significance / 2] + [significance / 2 / (adversaries - 1)] * (adversaries - 1)
+
+
 def upper_limit(successes: int, trials: int, significance: float) -> float:
     """The one-sided upper confidence limit of a probability (Clopper and Pearson 1934)."""
     if successes >= trials:
@@ -58,8 +65,8 @@ def error_rates(evidence: Evidence, significance: float) -> Array:
     wrong with probability `significance` at most.
 
     Thresholds are order statistics. That of rank j among n absent scores is exceeded by another with a
-    probability that is Beta(j, n - j + 1) distributed or smaller, whatever the distribution of scores, so that
-    the threshold need not be known beforehand; the other rate is counted on scores that had no part in it.
+    probability that is Beta(j, n - j + 1) distributed or smaller, whatever the distribution of scores, so
+    that it need not be known beforehand; the other rate is counted on scores that had no part in it.
 
     Assumes that scores are independent, and identically distributed among those that were absent and among
     those that were present.

@@ -1,13 +1,13 @@
 """Canaries whose clipped gradients are orthogonal: each is a trial of its own, thousands in one run.
 
-A canary has one column of x and one row of y, so that in each of the K layers (``dptrain.audit.linear``) a single
-element is its own, in one of two ways:
+A canary has one column of x and one row of y, so that in each of the K layers (``dptrain.audit.linear``) a
+single element is its own, in one of two ways:
 
-- *one layer*: the K canaries of a place have a layer each. Where a layer's norm is left out, they are not clipped;
-  where a layer that is used several times has the norms of its uses added, they are clipped to too much.
-- *all layers*: the K - 1 canaries of a place have ``±1/√K`` in each, in rows of a Hadamard matrix that sum to 0.
-  Where layers are clipped one by one, their norm is √K times what it may be; where layers share their noise, it
-  cancels.
+- *one layer*: the K canaries of a place have a layer each. Where a layer's norm is left out, they are not
+  clipped; where a layer that is used several times has the norms of its uses added, to too much.
+- *all layers*: the K - 1 canaries of a place have ``±1/√K`` in each, in rows of a Hadamard matrix that sum to
+  0. Where layers are clipped one by one, their norm is √K times what it may be; where layers share their
+  noise, it cancels.
 
 All are loud, so that the clip norm is what bounds them. Ordinary examples use columns of their own.
 """

@@ -8,7 +8,7 @@ import numpy as np
 
 from dptrain.audit.bounds import Evidence
 from dptrain.audit.scenes import PHYSICAL_BATCH_SIZE, Scene
-from dptrain.audit.subjects import Subject, Training
+from dptrain.audit.subjects import Subject, Training, for_batches_of
 from dptrain.core.entropy import Key
 from dptrain.core.mechanism import Mechanism
 
@@ -23,10 +23,11 @@ def watch(
     progress: Callable[[int, int], None],
     device: str = "cpu",
 ) -> list[Evidence]:
-    """Train `runs` times, on a coin's word with the canary or without, always by one mechanism.
+    """Train `runs` times, on a coin's word with the canary or without.
 
     Args:
         name: of the scene.
+        mechanism: its L becomes that of the larger data set: it is public, and the same for both.
         key: of coins and data.
         progress: hears of ``(runs done, runs)``.
 
@@ -36,22 +37,17 @@ def watch(
     subject = subject.for_many_trainings()
     present = key.child("coins").numpy_generator().random(runs) < 0.5
     problems = [scene.make(there, mechanism.clip_norm, key.child("data")) for there in (False, True)]
+    mechanism = for_batches_of(mechanism, mechanism.sample_rate * problems[True].size)
     how = Training(mechanism, scene.learning_rate, PHYSICAL_BATCH_SIZE, device)
     unit = scene.learning_rate * mechanism.clip_norm / mechanism.expected_batch_size
     scores: dict[str, list[float]] = {}
     for run, there in enumerate(present):
         problem = problems[int(there)]
         trajectory = subject.train(problem, how)
-        first = last = next(trajectory)
-        for last in trajectory:
-            pass
+        first = next(trajectory)
+        *_, last = trajectory
         moved = {weight: last[weight] - first[weight] for weight in last}
         for adversary, score in problem.scores(moved, unit).items():
             scores.setdefault(adversary, []).append(score)
         progress(run + 1, runs)
     return [Evidence(f"{name}: {adversary}", np.array(s), present) for adversary, s in scores.items()]
-
-
-def expected_batch_size(scene: Scene, clip_norm: float, sample_rate: float) -> float:
-    """L, of the larger of the two data sets: public, and therefore the same for both."""
-    return sample_rate * scene.make(True, clip_norm, Key.from_seed(0)).size

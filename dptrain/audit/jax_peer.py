@@ -1,4 +1,4 @@
-"""JAX libraries, by the adapters that measurements use: sampling is ours, clipping and noise are theirs."""
+"""JAX libraries, by the adapters of measurements: sampling is ours, clipping and noise are theirs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A model whose gradients are what the data say: linear layers side by side, losses linear in their outputs.
 
-The loss of an example is ``Σ_l <y_l, W_l x>``. Its gradient with respect to layer l is the outer product of y_l
-and x, whatever the weights are, so that data can be made for any gradients of rank one.
+The loss of an example is ``Σ_l <y_l, W_l x>``. Its gradient with respect to layer l is the outer product of
+y_l and x, whatever the weights are, so that data can be made for any gradients of rank one.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _uses(k: int, repeats: int) -> int:
 
 
 class LinearProblem:
-    """Model and loss of a problem; whoever inherits has ``rows``, ``columns`` and ``repeats``, and the data."""
+    """Model and loss; whoever inherits has ``rows``, ``columns``, ``repeats`` and the data."""
 
     rows: int
     columns: int

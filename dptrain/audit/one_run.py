@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dptrain.audit.bounds import Evidence, guesses, one_run_epsilon
+from dptrain.audit.bounds import Evidence, guesses, one_run_epsilon, shares
 from dptrain.audit.finding import Finding
 from dptrain.audit.profile import Noises
 from dptrain.audit.white_box import SUBSAMPLED_GAUSSIAN
@@ -15,13 +15,13 @@ def findings(evidence: list[Evidence], noises: Noises, delta: float, significanc
     """Bounds from correct guesses, all of them together wrong with probability `significance` at most.
 
     The first of each adversary is that of Steinke, Nasr and Jagielski (arXiv 2305.08846), the second that of
-    Mahloujifar, Melis and Chaudhuri (arXiv 2410.22235) with the profile of the stated mechanism, for the largest
-    noise that is left.
+    Mahloujifar, Melis and Chaudhuri (arXiv 2410.22235) with the profile of the stated mechanism, for the
+    largest noise that is left.
     """
     found = []
-    for one in evidence:
+    for one, share in zip(evidence, shares(significance, len(evidence))):
         made = guesses(one)
-        each = significance / (len(evidence) * 2 * len(made))
+        each = share / 2 / len(made)
 
         def refuted(profile, made=made, each=each) -> bool:  # type: ignore[no-untyped-def]
             return any(profile.refuted_by_guesses(g, each) for g in made)

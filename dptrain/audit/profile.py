@@ -54,11 +54,12 @@ class Profile:
     def refuted_by_guesses(self, found: Guesses, significance: float) -> bool:
         """Whether so many correct guesses have a probability below `significance`.
 
-        Mahloujifar, Melis and Chaudhuri 2024, "Auditing f-differential privacy in one run" (arXiv 2410.22235).
-        With p_i the probability of i correct guesses among n, and m canaries, let ``r_i = Σ_{j>=i} j p_j / m``
-        and ``h_i = Σ_{j>=i} (n - j) p_j / m``. Flipping the coin of a canary that was guessed rightly turns i
-        correct guesses into i - 1 under the same output, so that ``h_{i-1} >= least(r_i)`` for every i: were
-        the tail as likely as `significance`, the whole would come to more than ``r_0 + h_0 = n / m``.
+        Mahloujifar, Melis and Chaudhuri 2024, "Auditing f-differential privacy in one run" (arXiv
+        2410.22235). With p_i the probability of i correct guesses among n, and m canaries, let
+        ``r_i = Σ_{j>=i} j p_j / m`` and ``h_i = Σ_{j>=i} (n - j) p_j / m``. Flipping the coin of a canary
+        that was guessed rightly turns i correct guesses into i - 1 under the same output, so that
+        ``h_{i-1} >= least(r_i)`` for every i: were the tail as likely as `significance`, the whole would come
+        to more than ``r_0 + h_0 = n / m``.
         """
         n, v, m = found.made, found.correct, found.canaries
         r, h = significance * v / m, significance * (n - v) / m
@@ -116,15 +117,19 @@ class Noises:
         return _RATIO**high, self._epsilon(high, delta)
 
     def _computed(self, index: int) -> Profile:
-        losses = _losses(scaled(self.stated, _RATIO**index), pessimistic=True)
-        # From where an ε says nothing any more to where δ does not.
-        most = max(losses.get_epsilon_for_delta(1e-12), 1e-3)
-        epsilons = np.concatenate([[0.0], np.geomspace(most / 1e3, most, _POINTS)])
-        return Profile(epsilons, np.array(losses.get_delta_for_epsilon(list(epsilons))))
+        return profile_of(scaled(self.stated, _RATIO**index))
 
     def _epsilon(self, index: int, delta: float) -> float:
         losses = _losses(scaled(self.stated, _RATIO**index), pessimistic=False)
         return float(losses.get_epsilon_for_delta(delta))
+
+
+def profile_of(mechanism: Mechanism) -> Profile:
+    """From ε = 0 to where δ is nothing."""
+    losses = _losses(mechanism, pessimistic=True)
+    most = max(losses.get_epsilon_for_delta(1e-12), 1e-3)
+    epsilons = np.concatenate([[0.0], np.geomspace(most / 1e3, most, _POINTS)])
+    return Profile(epsilons, np.array(losses.get_delta_for_epsilon(list(epsilons))))
 
 
 def scaled(mechanism: Mechanism, factor: float) -> Mechanism:

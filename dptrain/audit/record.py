@@ -1,4 +1,4 @@
-"""What came of an audit: an immutable JSON file, ``FOLDER/records/ID.json``, with the fields of every record."""
+"""What came of an audit: an immutable file, ``FOLDER/records/ID.json``, with the fields of every record."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from dptrain.bench.record import FORMAT, Record
 class AuditRecord(Record):
     """One audit, done.
 
-    ``results`` holds ``findings``, each a bound; ``epsilon``, the largest of them; ``claimed``, whether that is
-    within what was claimed; ``mechanism``; and ``trade_off``, error rates as they were seen.
+    ``results`` holds ``findings``, each a bound; ``epsilon``, the largest of them; ``mechanism``; and
+    ``trade_off``, error rates as they were seen.
     """
 
     case: Audit  # type: ignore[assignment]

@@ -17,7 +17,7 @@ from dptrain.audit.profile import Noises
 from dptrain.audit.record import AuditRecord
 from dptrain.audit.scenes import SCENES
 from dptrain.audit.spec import Audit
-from dptrain.audit.subjects import ENGINES, Training, subject
+from dptrain.audit.subjects import ENGINES, Training, for_batches_of, subject
 from dptrain.bench.environment import Quiet, environment
 from dptrain.bench.peers import PEERS
 from dptrain.bench.processes import attempt
@@ -28,6 +28,7 @@ Progress = Callable[[int, int], None]
 #: how often our engines are asked to use a layer in one forward pass; few libraries do that at all
 REPEATS = 4
 _POINTS = 60
+_Seen = tuple[list[Evidence], list[Finding]]
 
 
 def run(audit: Audit, progress: Progress = lambda done, of: None) -> AuditRecord:
@@ -36,11 +37,11 @@ def run(audit: Audit, progress: Progress = lambda done, of: None) -> AuditRecord
     Raises:
         ValueError: a mechanism that there is not; nothing was trained then.
     """
-    audit.mechanism(1.0)
+    mechanism = audit.mechanism()
     started = time.perf_counter()
     with Quiet() as quiet, warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        outcome = attempt(results_of, audit, progress)
+        outcome = attempt(results_of, audit, mechanism, progress)
     found = environment(audit.device)
     if audit.engine in PEERS:
         found["versions"] |= PEERS[audit.engine].versions()
@@ -57,60 +58,59 @@ def run(audit: Audit, progress: Progress = lambda done, of: None) -> AuditRecord
     )
 
 
-def results_of(audit: Audit, progress: Progress) -> dict[str, Any]:
+def results_of(audit: Audit, mechanism: Mechanism, progress: Progress) -> dict[str, Any]:
     """Train, look on, and bound.
 
     Raises:
         Unsupported: the subject is not here, or refuses the model.
     """
-    ways = {"white-box": _in_one_run, "one-run": _in_one_run, "final-model": _in_many_runs}
-    mechanism, evidence, findings = ways[audit.kind](audit, progress)
-    epsilon = max(finding.epsilon for finding in findings)
+    look = _on_many_runs if audit.kind == "final-model" else _on_one_run
+    evidence, findings = look(audit, mechanism, progress)
     return {
-        "epsilon": epsilon,
-        "claimed": epsilon <= audit.epsilon,
+        "epsilon": max(finding.epsilon for finding in findings),
         "findings": [finding.to_dict() for finding in findings],
         "mechanism": mechanism.to_dict(),
-        "trade_off": _trade_off(evidence),
+        "trade_off": _trade_off(evidence[0]),
     }
 
 
-def _in_one_run(audit: Audit, progress: Progress) -> tuple[Mechanism, Evidence, list[Finding]]:
+def _on_one_run(audit: Audit, mechanism: Mechanism, progress: Progress) -> _Seen:
     repeats = REPEATS if audit.engine in ENGINES else 1
     game = Game(audit.canaries or 0, audit.clip_norm, audit.key, repeats)
-    mechanism = audit.mechanism(audit.sample_rate * game.size)
+    mechanism = for_batches_of(mechanism, mechanism.sample_rate * game.size)
     how = Training(mechanism, 1.0, audit.physical_batch_size, audit.device)
     watched = white_box.watch(subject(audit.engine, audit.method), game, how, progress)
     noises = Noises(mechanism)
     if audit.kind == "white-box":
-        found = white_box.findings(watched.evidence, noises, audit.delta, audit.significance)
-    else:
-        everything = [*watched.evidence, watched.final_weights]
-        found = one_run.findings(everything, noises, audit.delta, audit.significance)
-    return mechanism, watched.evidence[0], found
+        return watched.evidence, white_box.findings(watched.evidence, noises, audit.delta, audit.significance)
+    evidence = [*watched.evidence, watched.final_weights]
+    return evidence, one_run.findings(evidence, noises, audit.delta, audit.significance)
 
 
-def _in_many_runs(audit: Audit, progress: Progress) -> tuple[Mechanism, Evidence, list[Finding]]:
-    runs, scenes = (audit.runs or 0) // len(audit.scenes), len(audit.scenes)
+def _on_many_runs(audit: Audit, stated: Mechanism, progress: Progress) -> _Seen:
+    scenes = [(name, SCENES[name]) for name in audit.scenes]
+    rates = {scene.sample_rate or audit.sample_rate for _, scene in scenes}
+    mechanisms = {
+        rate: stated if rate == stated.sample_rate else audit.mechanism(rate) for rate in sorted(rates)
+    }
+    noises = {rate: Noises(mechanism) for rate, mechanism in mechanisms.items()}
+    evidence: list[Evidence] = []
     found: list[Finding] = []
-    seen: list[tuple[Mechanism, Evidence]] = []
-    for number, name in enumerate(audit.scenes):
-        scene = SCENES[name]
-        rate = audit.sample_rate if scene.sample_rate is None else scene.sample_rate
-        mechanism = audit.mechanism(final_model.expected_batch_size(scene, audit.clip_norm, rate), rate)
-        evidence = final_model.watch(
+    for number, (name, scene) in enumerate(scenes):
+        rate = scene.sample_rate or audit.sample_rate
+        seen = final_model.watch(
             subject(audit.engine, audit.method),
             scene,
             name,
-            runs,
-            mechanism,
+            audit.runs or 0,
+            mechanisms[rate],
             audit.key.child(name),
-            lambda done, of, number=number: progress(number * of + done, scenes * of),
+            lambda done, of, number=number: progress(number * of + done, len(scenes) * of),
             audit.device,
         )
-        found += white_box.findings(evidence, Noises(mechanism), audit.delta, audit.significance / scenes)
-        seen.append((mechanism, evidence[0]))
-    return *seen[0], found
+        evidence += seen
+        found += white_box.findings(seen, noises[rate], audit.delta, audit.significance / len(scenes))
+    return evidence, found
 
 
 def _trade_off(evidence: Evidence) -> dict[str, Any]:

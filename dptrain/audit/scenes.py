@@ -1,7 +1,7 @@
 """Neighbouring data sets in which faults show that the crowd hides.
 
-Differential privacy is a promise about all data sets. So beside an ordinary one there are some that nobody has:
-in each the canary comes first, where padding of physical batches takes its rows from.
+Differential privacy is a promise about all data sets. So beside an ordinary one there are some that nobody
+has. In each the canary comes first, where padding of physical batches takes its rows from.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ KINDS: dict[str, str] = {
 }
 #: enough for what each kind can show, in about a minute on two cores
 _CANARIES = {"white-box": 200_000, "one-run": 20_000, "final-model": 0}
-_RUNS = {"white-box": 1, "one-run": 1, "final-model": 1000}
+_RUNS = {"white-box": 1, "one-run": 1, "final-model": 400}
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Audit:
         epsilon, delta: what is claimed; the noise is calibrated to it.
         steps, sample_rate, clip_norm: of the mechanism.
         canaries: of white-box and one-run; None for as many as the kind wants.
-        runs: of final-model, shared by its scenes; None likewise.
+        runs: of final-model, in each scene; None likewise.
         scenes: of final-model: names of ``dptrain.audit.scenes.SCENES``.
-        confidence: of the whole audit: with probability ``1 - confidence`` at most, any of its bounds is wrong.
+        confidence: of the whole audit: with probability ``1 - confidence`` at most is any bound wrong.
         physical_batch_size: of white-box and one-run.
         device: cpu, cuda, cuda:1.
         seed: of coins and data; the noise has entropy of its own.
@@ -99,8 +99,8 @@ class Audit:
         """Of coins and data."""
         return Key.from_seed(self.seed).child("audit", self.kind)
 
-    def mechanism(self, expected_batch_size: float, sample_rate: float | None = None) -> Mechanism:
-        """What is claimed, for batches of this expected size.
+    def mechanism(self, sample_rate: float | None = None) -> Mechanism:
+        """What is claimed, perhaps at another sample rate; its L is 1.
 
         Raises:
             ValueError: a quantity out of its range, or a budget that no noise meets.
@@ -111,7 +111,7 @@ class Audit:
             sample_rate=self.sample_rate if sample_rate is None else sample_rate,
             steps=self.steps,
             clip_norm=self.clip_norm,
-            expected_batch_size=expected_batch_size,
+            expected_batch_size=1,
         )
 
     @property

@@ -1,11 +1,12 @@
 """What is audited: our engines by clipping method, and other libraries, each as something that trains.
 
-A subject is handed a problem (data and a loss) and gives the weights after every step of plain gradient descent:
-what an adversary who sees all of a training sees, since noisy gradients are differences of weights.
+A subject is handed a problem (data and a loss) and gives the weights after every step of plain gradient
+descent: what an adversary who sees all of a training sees, since noisy gradients are differences of weights.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 from collections.abc import Iterator, Mapping
@@ -66,6 +67,17 @@ class Training:
     learning_rate: float = 1.0
     physical_batch_size: int = 256
     device: str = "cpu"
+
+
+def for_batches_of(mechanism: Mechanism, expected_batch_size: float) -> Mechanism:
+    """The same mechanism with another L."""
+    return dataclasses.replace(
+        mechanism,
+        segments=tuple(
+            (dataclasses.replace(spec, expected_batch_size=expected_batch_size), count)
+            for spec, count in mechanism.segments
+        ),
+    )
 
 
 class Subject(Protocol):

@@ -1,4 +1,4 @@
-"""PyTorch libraries, by the adapters that measurements use: sampling is ours, clipping and noise are theirs."""
+"""PyTorch libraries, by the adapters of measurements: sampling is ours, clipping and noise are theirs."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dptrain.audit.adversaries import Watching
-from dptrain.audit.bounds import Evidence, epsilon_of_rates, error_rates
+from dptrain.audit.bounds import Evidence, epsilon_of_rates, error_rates, shares
 from dptrain.audit.canaries import Game
 from dptrain.audit.finding import Finding
 from dptrain.audit.profile import Noises
@@ -50,13 +50,12 @@ def findings(evidence: list[Evidence], noises: Noises, delta: float, significanc
     """Bounds from error rates, all of them together wrong with probability `significance` at most.
 
     A bound from error rates at δ holds for any mechanism. That on the noise (after Nasr et al. 2023, "Tight
-    auditing of differentially private machine learning", arXiv 2302.07956, who do it for a Gaussian mechanism)
-    asks for which noise multipliers the error rates contradict the whole profile δ(ε) of the stated mechanism,
-    and gives the ε of the largest that is left.
+    auditing of differentially private machine learning", arXiv 2302.07956, who do it for a Gaussian
+    mechanism) asks for which noise multipliers the error rates contradict the whole profile δ(ε) of the
+    stated mechanism, and gives the ε of the largest that is left.
     """
-    each = significance / len(evidence)
     found = []
-    for one in evidence:
+    for one, each in zip(evidence, shares(significance, len(evidence))):
         rates = error_rates(one, each)
         scale, epsilon = noises.bound(lambda profile, rates=rates: profile.refuted_by(rates), delta)
         found.append(Finding(COUNTED, one.adversary, epsilon_of_rates(rates, delta), (INDEPENDENT,)))
