@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map
 from dptrain.core.methods import Capture, Method
 
 from .bookkeeping import clip_factors
+from .clipped_sum import owned
 from .errors import Refused, is_final
 from .full_precision import full_precision
 from .guards import check_losses
@@ -118,7 +119,7 @@ def non_private(model, loss_fn, parameters, batch, mask, batch_size) -> Result:
         for (name, p), g in zip(parameters.items(), grads)
     }
     unknown = torch.full_like(widen(losses.detach()), float("nan"))
-    return sums, *_masked(unknown, losses.detach(), mask)
+    return owned(sums), *_masked(unknown, losses.detach(), mask)
 
 
 def _masked(norms: Tensor, losses: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

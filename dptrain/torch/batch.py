@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from . import routing
 from .bookkeeping import Bookkeeping, clip_factors
 from .capture import Capture, ignore
-from .clipped_sum import ClippedSum
+from .clipped_sum import ClippedSum, owned
 from .guards import backward, check_buffers, check_losses, parameters_untouched
 from .planner import Plan, make_plan
 from .pullback import group_uses
@@ -102,7 +102,7 @@ def _clipped_sum(
         grads = _sums(plan, books, capture, total, parameters)
     if into is not None:
         return into.extended(norms, values)
-    return ClippedSum(grads, norms, values, task.clip_norm)
+    return ClippedSum(owned(grads), norms, values, task.clip_norm)
 
 
 def _within(name: str, sink: Callable[..., None]) -> Callable[..., None]:

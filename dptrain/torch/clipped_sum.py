@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -63,3 +64,19 @@ class ClippedSum:
     def spoil(self) -> None:
         """Make sure that nobody releases a sum that was only partly written."""
         self.grads.clear()
+
+
+def owned(grads: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same, each in memory of its own: what is added in place to one is added once, and to no other.
+
+    Autograd hands the gradient of ``w + v`` on to both as one tensor, and that of a sum expanded.
+    """
+    users = Counter(g.untyped_storage().data_ptr() for g in grads.values())
+    return {
+        name: g.clone() if users[g.untyped_storage().data_ptr()] > 1 or _overlaps(g) else g
+        for name, g in grads.items()
+    }
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    return any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape))

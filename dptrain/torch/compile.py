@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .clipped_sum import ClippedSum
+from .clipped_sum import ClippedSum, owned
 from .full_precision import full_precision
 from .guards import listed
 from .planner import Plan
@@ -167,7 +167,7 @@ class CompiledStep:
         if not bool(ordinary):
             return None
         bound = self.clip_norm if self.plan is not None else float("inf")
-        return ClippedSum(dict(zip(parameters, sums)), norms, values, bound)
+        return ClippedSum(owned(dict(zip(parameters, sums))), norms, values, bound)
 
     def _backend(self, graph: torch.fx.GraphModule, _: list[Tensor]) -> Graph:
         """What Dynamo hands its graph to; nothing is compiled before it is first called."""

@@ -49,25 +49,28 @@ class PrivateTraining:
 
         Raises:
             Refused: before the first release, if the model cannot be trained exactly.
+            RuntimeError: another loop over ``steps()`` has meanwhile taken steps of this training.
         """
         device = next(iter(trainable(self.model).values())).device
         if self.physical_batch_size == "auto":
             self.physical_batch_size = self._choose(device)
         batches = self._batches(device)
-        total = self.mechanism.steps
-        while self._taken < total:
+        taken, total = self._taken, self.mechanism.steps
+        while taken < total:
+            if taken != self._taken:  # its batches are drawn already: they would be used twice
+                raise RuntimeError("another loop has taken steps of this training: begin a new one to go on.")
             clipped = None
             for batch, mask, last in batches:
                 clipped = self._clipped(batch, mask, clipped)
                 if last:
                     break
-            key = self._key.child("noise", self._taken)
-            gradient = privatize(clipped, self.mechanism.step(self._taken), key, donate=True)
-            self._taken += 1  # the budget is spent when the noisy gradient exists
+            key = self._key.child("noise", taken)
+            gradient = privatize(clipped, self.mechanism.step(taken), key, donate=True)
+            self._taken = taken = taken + 1  # the budget is spent when the noisy gradient exists
             apply(self.optimizer, self.model, gradient)
             known = self.mechanism.delta is not None
-            spent = self.mechanism.epsilon_so_far(self._taken) if known else None
-            yield Step(self._taken, total, spent)
+            spent = self.mechanism.epsilon_so_far(taken) if known else None
+            yield Step(taken, total, spent)
 
     def _batches(self, device: torch.device) -> Iterator[tuple[Any, torch.Tensor, bool]]:
         key = self._key.child("sampling")

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dptrain.torch as dpt
+from dptrain.core import methods
 
 from . import oracle
 
@@ -399,3 +400,29 @@ def test_hooks_that_clip_the_gradient_of_the_batch_are_refused():
 
     with pytest.raises(dpt.Refused, match="mix"):
         dpt.clipped_grad(Model(forward, w=torch.randn(5, 5).double()), squares, clip_norm=1.0)(rows(3))
+
+
+class Together(nn.Module):
+    """Autograd hands the gradient of ``w + v`` on to both as one tensor, and that of ``r.sum()`` expanded."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.v = (nn.Parameter(torch.randn(3, 4)) for _ in range(2))
+        self.r = nn.Parameter(torch.randn(3))
+
+    def forward(self, x):
+        return (x @ (self.w + self.v).T).square().sum(1) + x[:, 0] * self.r.sum()
+
+
+@pytest.mark.parametrize("method", [row.name for row in methods.TABLE])
+def test_physical_batches_of_parameters_that_are_added_are_counted_once(method):
+    """In place, what came to ``w`` came to ``v`` as well: all examples but the first ones counted twice."""
+    torch.manual_seed(0)
+    model, batch = Together(), torch.randn(9, 4)
+    clipped = dpt.clipped_grad(model, lambda m, b: m(b), clip_norm=1.0, method=method)
+    total = clipped(batch[:3])
+    for part in (batch[3:6], batch[6:]):
+        total = clipped(part, None, total)
+    whole = clipped(batch).grads
+    for name, g in total.grads.items():
+        torch.testing.assert_close(g, whole[name], rtol=1e-4, atol=1e-5)

@@ -57,6 +57,8 @@ def test_equals_single_examples(case, method):
     assert set(out.grads) == set(expected)
     for name, parameter in model.named_parameters():
         assert out.grads[name].shape == parameter.shape and parameter.grad is None
+    again = clipped(batch, None, out)  # in place
+    assert oracle.relative_error(again.grads, {name: 2 * g for name, g in expected.items()}) < TOLERANCE
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")

@@ -62,6 +62,8 @@ def equals_single_examples(model, method: str, batches, loss=loss_fn) -> None:
         out = clipped(batch)
         torch.testing.assert_close(out.norms, norms, rtol=1e-9, atol=1e-12)
         assert oracle.relative_error(out.grads, expected) < 1e-9
+        again = clipped(batch, None, out)  # in place
+        assert oracle.relative_error(again.grads, {name: 2 * g for name, g in expected.items()}) < 1e-9
 
 
 # ------------------------------------------------------------------ single operations

@@ -94,6 +94,19 @@ def test_a_loader_lends_its_collation_and_says_that_it_is_not_the_sampler():
     assert len(list(private.steps())) == 2
 
 
+def test_no_sample_is_used_twice_by_two_loops_at_once():
+    """A loop draws its batches ahead: one that goes on after another would release an old sample again."""
+    model, optimizer, dataset = setting()
+    private = dpt.make_private(
+        model, optimizer, dataset, loss_fn, mechanism(steps=4), physical_batch_size=SIZE
+    )
+    first, second = private.steps(), private.steps()
+    assert [next(loop).number for loop in (first, second, second)] == [1, 2, 3]
+    with pytest.raises(RuntimeError, match="another loop"):
+        next(first)
+    assert [step.number for step in private.steps()] == [4]
+
+
 def test_schedules_of_the_sample_rate_are_followed():
     model, optimizer, dataset = setting()
     first, second = mechanism(steps=1), mechanism(steps=1, sample_rate=1.0, expected_batch_size=SIZE)
