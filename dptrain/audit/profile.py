@@ -15,11 +15,9 @@ from dp_accounting.pld import privacy_loss_distribution as pld
 from dptrain.audit.bounds import Array, Guesses
 from dptrain.core.mechanism import Mechanism
 
-#: of the privacy loss; ε is off by less than a hundredth of that
-_INTERVAL = 1e-3
 _POINTS = 120
-#: hypotheses about the noise are a factor of ``_RATIO`` apart, within ``_RATIO ** ±_MOST`` of what is stated
-_RATIO, _MOST = 1.01, 160
+#: hypotheses about the noise are powers of ``_RATIO`` times what is stated, from a third of it to ten times
+_RATIO, _LEAST, _MOST = 1.01, -110, 230
 
 
 class Profile:
@@ -110,9 +108,9 @@ class Noises:
         """
         if not refuted(self._profile(_MOST)):
             return math.inf, 0.0
-        low, high = -_MOST - 1, _MOST
+        low, high = _LEAST - 1, _MOST
         while high - low > 1:
-            middle = (low + high) // 2
+            middle = 0 if low < 0 < high else (low + high) // 2  # what is stated comes first
             low, high = (low, middle) if refuted(self._profile(middle)) else (middle, high)
         return _RATIO**high, self._epsilon(high, delta)
 
@@ -143,13 +141,20 @@ def scaled(mechanism: Mechanism, factor: float) -> Mechanism:
     )
 
 
+def _interval(mechanism: Mechanism) -> float:
+    """Of privacy losses: rounding all steps' to it moves ε by about a hundredth, more where ε is dozens."""
+    least = min(spec.noise_multiplier for spec, _ in mechanism.segments)
+    return min(1e-3, 1e-2 / mechanism.steps) / min(least, 1.0) ** 2
+
+
 def _losses(mechanism: Mechanism, *, pessimistic: bool) -> pld.PrivacyLossDistribution:
     """Of Poisson sampling and Gaussian noise, neighbours differing by one example."""
+    interval = _interval(mechanism)
     steps = [
         pld.from_gaussian_mechanism(
             spec.noise_multiplier,
             pessimistic_estimate=pessimistic,
-            value_discretization_interval=_INTERVAL,
+            value_discretization_interval=interval,
             use_connect_dots=pessimistic,
             sampling_prob=spec.sample_rate,
             neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE,

@@ -20,8 +20,9 @@ from dptrain.audit.subjects import Weights
 from dptrain.core.entropy import Key
 
 LOUDNESS = 10.0  # clip norms
-#: as many as rows in a physical batch: the canary, if it is sampled with them all, begins another
-OTHERS = 16
+#: as many as rows in a physical batch: the canary, if it is sampled with them all, begins another; and an odd
+#: number, so that half of them and the canary are, rounded up, no more than half of them
+OTHERS = 15
 PHYSICAL_BATCH_SIZE = OTHERS
 
 

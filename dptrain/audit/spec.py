@@ -23,7 +23,7 @@ KINDS: dict[str, str] = {
     "final-model": "many short trainings with and without one canary, told apart by their last weights",
 }
 #: enough for what each kind can show, in about a minute on two cores
-_CANARIES = {"white-box": 200_000, "one-run": 20_000, "final-model": 0}
+_CANARIES = {"white-box": 100_000, "one-run": 20_000, "final-model": 0}
 _RUNS = {"white-box": 1, "one-run": 1, "final-model": 400}
 
 

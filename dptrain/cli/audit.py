@@ -70,7 +70,7 @@ def _audit(
         steps: Of each training.
         sample_rate: Probability with which each example takes part in a step.
         clip_norm: Of each example's gradient.
-        canaries: Of white-box (200,000 by default) and one-run (20,000).
+        canaries: Of white-box (100,000 by default) and one-run (20,000).
         runs: Of final-model: trainings in each scene (400 by default).
         scene: Of final-model: whom the canary is with.
         confidence: Of each audit, all of its bounds together.
