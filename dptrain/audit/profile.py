@@ -19,6 +19,9 @@ _POINTS = 120
 #: hypotheses about the noise are powers of ``_RATIO`` times what is stated, from a third of it to ten times
 _RATIO, _LEAST, _MOST = 1.01, -110, 230
 
+#: runs of equal steps: noise multiplier, sample rate, how many
+_Steps = tuple[tuple[float, float, int], ...]
+
 
 class Profile:
     """``P(S) <= e^ε Q(S) + δ`` for a list of (ε, δ), for neighbours either way round.
@@ -92,12 +95,11 @@ def _envelope(slopes: Array, intercepts: Array) -> tuple[list[float], list[tuple
 class Noises:
     """The stated mechanism with other noise: hypotheses in one order, from little noise to much.
 
-    Profiles are computed when they are first asked for, and kept.
+    Profiles are computed when they are asked for.
     """
 
     def __init__(self, stated: Mechanism):
         self.stated = stated
-        self._profile = functools.cache(self._computed)
 
     def bound(self, refuted: Callable[[Profile], bool], delta: float) -> tuple[float, float]:
         """``(s, ε)``: the noise is below s times what is stated, hence ε at least this; (inf, 0) if nothing
@@ -114,20 +116,30 @@ class Noises:
             low, high = (low, middle) if refuted(self._profile(middle)) else (middle, high)
         return _RATIO**high, self._epsilon(high, delta)
 
-    def _computed(self, index: int) -> Profile:
+    def _profile(self, index: int) -> Profile:
         return profile_of(scaled(self.stated, _RATIO**index))
 
     def _epsilon(self, index: int, delta: float) -> float:
-        losses = _losses(scaled(self.stated, _RATIO**index), pessimistic=False)
+        losses = _losses(_steps(scaled(self.stated, _RATIO**index)), pessimistic=False)
         return float(losses.get_epsilon_for_delta(delta))
 
 
 def profile_of(mechanism: Mechanism) -> Profile:
     """From ε = 0 to where δ is nothing."""
-    losses = _losses(mechanism, pessimistic=True)
+    return _profile(_steps(mechanism))
+
+
+# Of these numbers alone, so that the memo cannot be seen from outside except as time.
+@functools.lru_cache(maxsize=256)
+def _profile(steps: _Steps) -> Profile:
+    losses = _losses(steps, pessimistic=True)
     most = max(losses.get_epsilon_for_delta(1e-12), 1e-3)
     epsilons = np.concatenate([[0.0], np.geomspace(most / 1e3, most, _POINTS)])
     return Profile(epsilons, np.array(losses.get_delta_for_epsilon(list(epsilons))))
+
+
+def _steps(mechanism: Mechanism) -> _Steps:
+    return tuple((spec.noise_multiplier, spec.sample_rate, count) for spec, count in mechanism.segments)
 
 
 def scaled(mechanism: Mechanism, factor: float) -> Mechanism:
@@ -141,24 +153,19 @@ def scaled(mechanism: Mechanism, factor: float) -> Mechanism:
     )
 
 
-def _interval(mechanism: Mechanism) -> float:
-    """Of privacy losses: rounding all steps' to it moves ε by about a hundredth, more where ε is dozens."""
-    least = min(spec.noise_multiplier for spec, _ in mechanism.segments)
-    return min(1e-3, 1e-2 / mechanism.steps) / min(least, 1.0) ** 2
-
-
-def _losses(mechanism: Mechanism, *, pessimistic: bool) -> pld.PrivacyLossDistribution:
+def _losses(steps: _Steps, *, pessimistic: bool) -> pld.PrivacyLossDistribution:
     """Of Poisson sampling and Gaussian noise, neighbours differing by one example."""
-    interval = _interval(mechanism)
-    steps = [
+    # Rounding all steps' losses to this moves ε by about a hundredth, more where ε is dozens.
+    interval = min(1e-3, 1e-2 / sum(count for *_, count in steps)) / min(1.0, *(s for s, *_ in steps)) ** 2
+    runs = [
         pld.from_gaussian_mechanism(
-            spec.noise_multiplier,
+            noise_multiplier,
             pessimistic_estimate=pessimistic,
             value_discretization_interval=interval,
             use_connect_dots=pessimistic,
-            sampling_prob=spec.sample_rate,
+            sampling_prob=sample_rate,
             neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE,
         ).self_compose(count)
-        for spec, count in mechanism.segments
+        for noise_multiplier, sample_rate, count in steps
     ]
-    return functools.reduce(lambda a, b: a.compose(b), steps)
+    return functools.reduce(lambda a, b: a.compose(b), runs)

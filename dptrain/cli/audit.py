@@ -6,6 +6,7 @@ import json
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -50,7 +51,7 @@ def _audit(
     device: str = "cpu",
     seed: int | None = None,
     out: Path = Path("audit"),
-    as_json: bool = False,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> int:
     """Attack ways of training, and bound epsilon from below by what the attacks find out.
 
