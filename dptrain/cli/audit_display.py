@@ -45,34 +45,17 @@ def watched(console: Console, audits: Sequence[Audit]) -> Iterator[AuditRecord]:
 
 
 def show_records(console: Console, records: Sequence[AuditRecord]) -> None:
-    """A row for each bound of each audit: of each way to bound, that of the adversary who found out most."""
-    audit = records[0].case
-    table = Table(
-        title=f"epsilon is at least, at delta {audit.delta:g} and {100 * audit.confidence:g} % confidence",
-        title_justify="left",
-    )
-    for name in ("audit", "subject", "bound", "adversary"):
-        table.add_column(name)
-    for name in ("epsilon, at least", "claimed", ""):
-        table.add_column(name, justify="right" if name else "left")
+    """A table for each kind: of each way to bound, the adversary who found out most."""
+    for kind in dict.fromkeys(record.case.kind for record in records):
+        of_kind = [record for record in records if record.case.kind == kind]
+        if any(record.status == "ok" for record in of_kind):
+            console.print(_table(of_kind))
     for record in records:
-        audit = record.case
         if record.status != "ok":
-            told = f"[yellow]{record.status}[/]: {escape(record.sentence or '')}"
-            table.add_row(audit.kind, escape(audit.subject), told)
-            continue
-        for finding in _best_of_each_bound(record):
-            refuted = finding["epsilon"] > audit.epsilon
-            table.add_row(
-                audit.kind,
-                escape(audit.subject),
-                finding["bound"],
-                finding["adversary"],
-                f"{finding['epsilon']:.2f}",
-                f"{audit.epsilon:g}",
-                "[bold red]refuted[/]" if refuted else "[green]not refuted[/]",
+            told = (
+                f"[yellow]{record.status}[/]  {escape(record.case.subject)}: {escape(record.sentence or '')}"
             )
-    console.print(table)
+            console.print(told, highlight=False, soft_wrap=True)
     supposed = {
         finding["bound"]: finding["assumes"]
         for record in records
@@ -81,6 +64,31 @@ def show_records(console: Console, records: Sequence[AuditRecord]) -> None:
     for bound, assumes in supposed.items():
         what = "; ".join(["the canaries' coins are fair and secret", *assumes])
         console.print(f"[dim]{bound}: supposes that {what}.[/]", highlight=False, soft_wrap=True)
+
+
+def _table(records: Sequence[AuditRecord]) -> Table:
+    audit = records[0].case
+    table = Table(
+        title=f"{audit.kind}: epsilon is at least, at delta {audit.delta:g} and {100 * audit.confidence:g} % "
+        "confidence",
+        title_justify="left",
+    )
+    table.add_column("subject")
+    table.add_column("bound")
+    table.add_column("adversary")
+    table.add_column("epsilon", justify="right")
+    table.add_column(f"claim: {audit.epsilon:g}", no_wrap=True)
+    for record in records:
+        for finding in _best_of_each_bound(record) if record.status == "ok" else ():
+            refuted = finding["epsilon"] > audit.epsilon
+            table.add_row(
+                escape(record.case.subject),
+                finding["bound"],
+                finding["adversary"],
+                f"{finding['epsilon']:.2f}",
+                "[bold red]refuted[/]" if refuted else "[green]not refuted[/]",
+            )
+    return table
 
 
 def _best_of_each_bound(record: AuditRecord) -> list[dict]:
