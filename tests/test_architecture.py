@@ -22,9 +22,10 @@ ARROWS: dict[str, set[str]] = {
     "optim": _ENGINES,
     "training": _PARTS | _ENGINES,
     "bench": {"training"} | _PARTS | _ENGINES,
+    "audit": {"bench", "training"} | _PARTS | _ENGINES,
     "recipes": {"bench", "training"} | _PARTS | _ENGINES,
     "report": set(),  # reads records only
-    "cli": {"recipes", "bench", "training", "report"} | _PARTS | _ENGINES,
+    "cli": {"recipes", "audit", "bench", "training", "report"} | _PARTS | _ENGINES,
     # `python -m dptrain`, and the package itself, which offers `Mechanism`.
     "__main__": {"cli"},
     "__init__": {"core"},

@@ -20,6 +20,7 @@ COMMANDS = {
     "bench": "Measure speed, memory, accuracy: ours, ordinary training, other libraries.",
     "reproduce": "Measure and draw the figures and tables of the literature.",
     "report": "Tables, figures and one page from records.",
+    "audit": "Attack a way of training, and bound epsilon from below by what that tells.",
     "privacy": "Answer epsilon, noise multiplier or steps from the others.",
 }
 """Each is a module of this package with a function `run(arguments) -> exit code`."""

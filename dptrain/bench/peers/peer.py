@@ -25,8 +25,9 @@ class Peer:
         methods: every name that a method of it may be asked for by, and the library's mode that it means.
         packages: whose versions belong in a record.
         install: one sentence, of how to get it.
-        adapter: the module beside this one that knows the library: it has ``contestant(task, mode)`` and
-            ``refuses(error)``, which tells what the library documents as a refusal from anything else.
+        adapter: the module beside this one that knows the library: it has ``contestant(task, mode)``,
+            ``Training(task, mode, noise_multiplier)`` and ``refuses(error)``, which tells what the library
+            documents as a refusal from anything else.
     """
 
     name: str
@@ -64,6 +65,16 @@ class Peer:
             if (function := getattr(contestant, call)) is not None:
                 setattr(contestant, call, self._asked(function, adapter.refuses))
         return contestant
+
+    def training(self, task: Task | Any, mode: str, noise_multiplier: float) -> Any:
+        """The library's own training of the task's model, noise and all: ``Training`` of its adapter.
+
+        Raises:
+            ValueError: no such method.
+            Unsupported: the library is not installed, or refuses the model.
+        """
+        adapter = self._adapter()
+        return self._asked(adapter.Training, adapter.refuses)(task, self.mode(mode), noise_multiplier)
 
     def versions(self) -> dict[str, str]:
         """The versions of its packages, as far as they are installed or imported."""
