@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from dptrain.core.spec import StepSpec
 _FORMAT = 2
 _LONGEST_LINE = 2**16
 _MOST_BYTES = 2**33
+_RUN = re.compile("[0-9a-f]{32}")  # names a file (`dptrain.core.key_file`), and no other
 _HEAD = ("ledger", "run", "dataset", "neighbours", "link")
 _ENTRY = ("step", "spec", "fingerprint", "link")
 
@@ -302,7 +304,8 @@ def _head(path: Path, lines: Iterator[tuple[int, bytes]]) -> dict[str, Any]:
         raise LedgerError(f"{path} is empty: nothing has been released, and it can be removed.")
     head = _parsed(path, number, line, _HEAD, "")
     words = ("run", "dataset", "neighbours")
-    if head["ledger"] != _FORMAT or not all(isinstance(head[word], str) for word in words):
+    texts = all(isinstance(head[word], str) for word in words)
+    if head["ledger"] != _FORMAT or not texts or not _RUN.fullmatch(head["run"]):
         raise LedgerError(f"{path} is no ledger of format {_FORMAT}, which this version reads.")
     try:
         checks.one_of("neighbouring relation", head["neighbours"], accounting.RELATIONS)

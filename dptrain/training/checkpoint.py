@@ -25,6 +25,9 @@ from dptrain.core.printable import reason
 KEPT = 2
 """Checkpoints of a run: the newest, and the one before in case the disk damages that."""
 
+FIXED = "fixed.safetensors"
+"""Beside them: what the run has and does not train."""
+
 _MOST_BYTES = 2**42
 _NAME, _FACTS, _DIGEST = "step-{:010d}.safetensors", "dptrain", "sha256"
 
@@ -81,12 +84,13 @@ class Checkpoints:
         return None, refused
 
     def remove(self) -> None:
-        """All of them, and what was being written when a process died."""
+        """All of them, and what was being written when a process died; nothing else that lies there."""
         if self.folder.is_dir():
             durable.remove_unfinished(self.folder)
-            for path in self.folder.iterdir():
-                path.unlink()
-            self.folder.rmdir()
+            for path in (*self._paths(), self.folder / FIXED):
+                path.unlink(missing_ok=True)
+            with suppress(OSError):
+                self.folder.rmdir()
 
     def _paths(self) -> list[Path]:
         """Newest first."""

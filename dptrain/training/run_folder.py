@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dptrain.core import durable
+from dptrain.training.checkpoint import FIXED
 from dptrain.training.config import ConfigError, TrainConfig, read_config
 
-CONFIG, METRICS, WEIGHTS, SUMMARY, LEDGER, CURVES, CHECKPOINTS, FIXED = (
+CONFIG, METRICS, WEIGHTS, SUMMARY, LEDGER, CURVES, CHECKPOINTS = (
     "config.json",
     "metrics.jsonl",
     "model.safetensors",
@@ -24,7 +25,6 @@ CONFIG, METRICS, WEIGHTS, SUMMARY, LEDGER, CURVES, CHECKPOINTS, FIXED = (
     "ledger.jsonl",
     "curves.png",
     "checkpoints",
-    "fixed.safetensors",
 )
 
 

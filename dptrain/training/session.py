@@ -79,7 +79,7 @@ class Session:
         """Nothing is released before there is a checkpoint to begin again from."""
         with self._storage():
             secret.store(self.run, self.ledger, self.run.key)
-            self.folder.checkpoints.mkdir()
+            self.folder.checkpoints.mkdir(exist_ok=True)
             write(self.folder.fixed, fixed_tensors(self.run.model), {"run": self.ledger.run})
         self._checkpoint()
         self.releases = self._releases(self.run.key)

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from dptrain import Mechanism
-from dptrain.core.ledger import Ledger, LedgerError, Mark, together
+from dptrain.core.ledger import Ledger, LedgerError, Mark, _linked, together
 from dptrain.core.spec import flat_step
 
 
@@ -180,3 +180,11 @@ def test_relations_do_not_add_up(tmp_path):
 def test_the_first_line_says_what_the_user_named(three):
     head = json.loads(three.read_text().splitlines()[0])
     assert head["dataset"] == "made up" and len(head["run"]) == 32
+
+
+def test_a_run_s_name_cannot_be_a_path(path):
+    """Its key is kept, and removed, under this name."""
+    head = {"ledger": 2, "run": "../../important", "dataset": "made up", "neighbours": "replace-one"}
+    path.write_bytes(_linked("", head))
+    with pytest.raises(LedgerError, match="is no ledger"):
+        Ledger.read(path)

@@ -398,6 +398,17 @@ def test_frozen_weights_of_another_run_are_refused(quick, tmp_path):
         resume(one)
 
 
+def test_nothing_else_is_removed_with_the_checkpoints(quick, tmp_path):
+    """Also where the folder is a link to another one."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "mine.txt").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoints").symlink_to(elsewhere)
+    train(quick())
+    assert [path.name for path in elsewhere.iterdir()] == ["mine.txt"]
+
+
 def test_a_run_that_goes_on_is_left_alone(quick):
     folder = killed(quick(checkpoint_every=2), after=3)
     with Ledger.open(folder / "ledger.jsonl"), pytest.raises(LedgerError, match="another process"):
