@@ -74,4 +74,5 @@ def kept(path: Path) -> Key:
 
 def forget(path: Path) -> None:
     """Remove the key, if there is one."""
-    path.unlink(missing_ok=True)
+    if path.exists():
+        path.unlink()
