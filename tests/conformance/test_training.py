@@ -12,6 +12,12 @@ class TestTorch(Conformance):
     subject = Training("torch")
 
 
+@pytest.mark.slow
+class TestHardened(Conformance):
+    subject = Training("torch", hardened=True)
+
+
+@pytest.mark.slow
 class TestJax(Conformance):
     subject = Training("jax")
 

@@ -50,10 +50,9 @@ class Training:
     """A run from a configuration to its folder."""
 
     slack = 1.0  #: L is q N
-    hardened = False
 
-    def __init__(self, engine: str) -> None:
-        self.engine = engine
+    def __init__(self, engine: str, hardened: bool = False) -> None:
+        self.engine, self.hardened = engine, hardened
 
     @cached_property
     def folder(self) -> tempfile.TemporaryDirectory:
@@ -89,6 +88,7 @@ class Training:
             "accountant": "pld" if task.mechanism.delta else "rdp",
             "clip_norm": spec.clip_norm,
             "seed": task.seed,
+            "hardened": self.hardened,
             "logical_batch_size": spec.expected_batch_size,
             "physical_batch_size": task.physical_batch_size,
             "steps": task.mechanism.steps,
