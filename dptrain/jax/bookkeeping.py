@@ -102,8 +102,7 @@ class Bookkeeping:
             one = lambda a, g: sum_of_squares([self._slices(use, a, g)])  # noqa: E731
             return lax.map(lambda ag: one(*ag), (a, g))
 
-        # Written so that NaN is no doubt: such an example contributes nothing in any case.
-        doubtful = jnp.any(bound > gram.DOUBT * squared)
+        doubtful = jnp.any(gram.doubtful(squared, bound))
         return lax.cond(doubtful, formed, lambda: squared + bound)
 
     def _operands(self, use: Use) -> tuple[Array, Array]:

@@ -50,11 +50,19 @@ def squared_norms(rows: Array, cols: Array) -> tuple[Array, Array]:
     rr, cc = products(rows), products(cols)
     squared, rr2, cc2 = _total(rr * cc), _total(rr * rr), _total(cc * cc)
     vanished = groups * positions**2 * jnp.finfo(dtype).tiny  # squares of entries
-    rr, cc = jnp.sqrt(rr2 + vanished), jnp.sqrt(cc2 + vanished)
-    bound = _chunked_gamma(rows.shape[3], dtype) * jnp.sum(r2, (1, 2)) * cc
-    bound += _chunked_gamma(cols.shape[3], dtype) * jnp.sum(c2, (1, 2)) * rr
+    whole_r, whole_c = jnp.sum(r2, (1, 2)), jnp.sum(c2, (1, 2))
+    rr = jnp.minimum(jnp.sqrt(rr2 + vanished), whole_r)  # ||R R^T|| <= |R|^2
+    cc = jnp.minimum(jnp.sqrt(cc2 + vanished), whole_c)
+    bound = _chunked_gamma(rows.shape[3], dtype) * whole_r * cc
+    bound += _chunked_gamma(cols.shape[3], dtype) * whole_c * rr
     bound += _gamma(2 * positions + groups + 8, dtype) * rr * cc
     return squared, SLACK * bound + _underflow(rows, cols, r2, c2)
+
+
+def doubtful(squared: Array, bound: Array) -> Array:
+    """Where a bound is too large to be accepted; one of 2^60 times the smallest number, with which an example
+    without a gradient is left, changes nothing. NaN is no doubt: such an example contributes nothing."""
+    return (bound > DOUBT * squared) & (bound > 2.0**60 * jnp.finfo(bound.dtype).tiny)
 
 
 def products(x: Array) -> Array:

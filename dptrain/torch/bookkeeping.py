@@ -27,6 +27,7 @@ from .pullback import (
 )
 from .routes import DIRECT, Route
 from .trace import CHANGING
+from .uses import gram
 from .uses.base import add_to, squared_norm, weighted_sum, widen
 from .workspace import Workspace
 
@@ -201,7 +202,7 @@ class Bookkeeping:
             return
         squared = _stacked([norms.squared for norms in self.bounded])
         bounds = _stacked([norms.bound for norms in self.bounded])
-        doubtful = (bounds > 0.01 * squared) & squared.isfinite()
+        doubtful = gram.doubtful(squared, bounds)
         padded = squared + bounds
         if bool(doubtful.any()):
             for i in doubtful.any(1).nonzero().flatten().tolist():

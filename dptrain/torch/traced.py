@@ -23,6 +23,7 @@ from .capture import Capture, Use, ignore
 from .guards import backward, check_losses
 from .planner import Plan
 from .trace import match
+from .uses import gram
 from .uses.base import squared_norm, widen
 from .uses.convolution import Convolution
 from .uses.linear import Linear
@@ -176,7 +177,7 @@ class BranchFree(Bookkeeping):
 
     def _settle(self) -> None:
         for squared, bound, _ in self.bounded:
-            self.doubts.append(((bound > 0.01 * squared) & squared.isfinite()).any())
+            self.doubts.append(gram.doubtful(squared, bound).any())
             self.parts.append(squared + bound)
         self.bounded.clear()
 

@@ -226,3 +226,14 @@ def test_no_example_moves_the_sum_by_more_than_the_clip_norm(method, precision):
         assert longest > 0.99
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_examples_with_next_to_no_gradient_are_in_no_doubt():
+    """Or masked rows would have every batch materialised, and compiled steps be thrown away."""
+    torch.manual_seed(0)
+    rows, cols = torch.randn(5, 1, 50, 64), 10 * torch.randn(5, 1, 50, 64)
+    rows *= torch.tensor([0.0, 1e-12, 1e-8, 1e-4, 1.0]).reshape(5, 1, 1, 1)
+    for positions in (1, 50):
+        squared, bound = gram.squared_norms(rows[:, :, :positions], cols[:, :, :positions])
+        assert not gram.doubtful(squared, bound).any()
+        assert (bound <= 0.002 * squared)[2:].all()

@@ -37,6 +37,8 @@ BLOCKS = 3
 SMALLEST_BLOCK = 32
 #: bytes of a row of blocks, for all examples
 BLOCK_BYTES = 64 * 2**20
+#: the largest error, relative to the squared norm, that is accepted
+DOUBT = 0.01
 #: what second-order terms and the rounding of the bound itself can come to
 SLACK = 1.01
 
@@ -100,6 +102,16 @@ def squared_norms(rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
     return squared.to(dtype), bound
 
 
+def doubtful(squared: Tensor, bounds: Tensor) -> Tensor:
+    """Where bounds on the error of squared norms are too large to be accepted.
+
+    They are added to the norms. Those of 2^60 times the smallest number, which is what an example without
+    a gradient is left with, change nothing there.
+    """
+    noticed = bounds > 2.0**60 * torch.finfo(bounds.dtype).tiny
+    return (bounds > DOUBT * squared) & squared.isfinite() & noticed
+
+
 def error_bound(
     r2: Tensor,
     c2: Tensor,
@@ -119,7 +131,8 @@ def error_bound(
     """
     dtype = r2.dtype
     vanished = terms * torch.finfo(dtype).tiny
-    rr, cc = (rr2 + vanished).sqrt().to(dtype), (cc2 + vanished).sqrt().to(dtype)
+    rr = torch.minimum((rr2 + vanished).sqrt().to(dtype), r2)  # ||R R^T|| <= |R|^2
+    cc = torch.minimum((cc2 + vanished).sqrt().to(dtype), c2)
     bound = row_gamma * r2 * cc
     bound += col_gamma * c2 * rr
     bound += (gamma(4, dtype) + gamma(terms, torch.float64)) * rr * cc
