@@ -204,8 +204,8 @@ def _check(config: TrainConfig) -> None:
             )
         if not _is_sound(getattr(config, name)):
             raise ConfigError(
-                f"--{name.replace('_', '-')} is {shown(getattr(config, name))}: give a finite number, or a text "
-                "without control characters."
+                f"--{name.replace('_', '-')} is {shown(getattr(config, name))}: give a finite number, or a "
+                "text without control characters."
             )
     for first, second in ALTERNATIVES:
         given = [name for name in (first, second) if getattr(config, name) is not None]

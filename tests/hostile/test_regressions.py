@@ -194,8 +194,9 @@ def test_records_that_are_damaged_or_of_another_case_are_measured_again(tmp_path
     whole = Record(case, "ok").to_dict()
     path = records.put(Record(case, "ok"))
     assert records.get(case) is not None
-    for damaged in (3, [], {}, whole | {"results": 3}, whole | {"status": "fine"}, whole | {"case": Case("memory").to_dict()},
-                    whole | {"sentence": 3}, whole | {"case": "x"}):  # fmt: skip
+    other = {"case": Case("memory").to_dict()}
+    changes = ({"results": 3}, {"status": "fine"}, {"sentence": 3}, {"case": "x"}, other)
+    for damaged in (3, [], {}, *(whole | change for change in changes)):
         path.write_text(json.dumps(damaged))
         assert records.get(case) is None
     path.write_text("[" * 100_000)
