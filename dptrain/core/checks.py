@@ -5,6 +5,7 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
+_TOO_MANY = 2**63
 _LONGEST = 80  # characters of a wrong value in a message
 
 
@@ -73,7 +74,7 @@ def whole(name: str, value: Any, *, minimum: int = 1) -> int:
 
     Raises:
         TypeError: it is not an integer (``4.0`` and ``True`` are not).
-        ValueError: it is below `minimum`.
+        ValueError: it is below `minimum`, or too large for 64 bits.
     """
     if isinstance(value, bool):
         raise TypeError(f"{name} must be a whole number, but it is {shown(value)}; give an integer.")
@@ -84,7 +85,11 @@ def whole(name: str, value: Any, *, minimum: int = 1) -> int:
             f"{name} must be a whole number, but it is {shown(value)}; give an integer."
         ) from None
     if result < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, but it is {result}; give a larger number.")
+        raise ValueError(
+            f"{name} must be at least {minimum}, but it is {shown(result)}; give a larger number."
+        )
+    if result >= _TOO_MANY:
+        raise ValueError(f"{name} must be below 2^63; give a smaller number.")
     return result
 
 

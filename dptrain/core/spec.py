@@ -63,7 +63,8 @@ class Sampling:
             object.__setattr__(self, name, checks.whole(name, value))
         elif value is not None:
             raise ValueError(
-                f"sampler '{self.sampler}' does not use {name}, but it is {value!r}; leave it out."
+                f"sampler '{self.sampler}' does not use {name}, but it is {checks.shown(value)}; "
+                "leave it out."
             )
 
     @property

@@ -151,6 +151,7 @@ def _open(path: str) -> Image.Image:
     file = Image.open(path, formats=FORMATS)
     width, height = file.size
     if not 0 < width * height <= MOST_PIXELS:
+        file.close()
         raise Unreadable(f"has {width} x {height} pixels, and at most {MOST_PIXELS:,} are ever decoded")
     return file
 

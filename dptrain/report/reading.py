@@ -162,7 +162,8 @@ def read_record(file: Path | str) -> Record:
             warnings=tuple(map(str, values.get("warnings") or ())),
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise ReportError(_damaged(file, f"it lacks or garbles {error}")) from error
+        what = error if isinstance(error, KeyError) else "a value"
+        raise ReportError(_damaged(file, f"it lacks or garbles {what}")) from error
     if not whole:
         raise ReportError(_damaged(file, "its case or its status is none"))
     return record

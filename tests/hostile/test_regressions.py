@@ -194,13 +194,8 @@ def test_records_that_are_damaged_or_of_another_case_are_measured_again(tmp_path
     whole = Record(case, "ok").to_dict()
     path = records.put(Record(case, "ok"))
     assert records.get(case) is not None
-    changes = (
-        {"results": 3},
-        {"status": "fine"},
-        {"case": Case("memory").to_dict()},
-        {"sentence": 3},
-        {"case": "x"},
-    )
+    other = {"case": Case("memory").to_dict()}
+    changes = ({"results": 3}, {"status": "fine"}, {"sentence": 3}, {"case": "x"}, other)
     for damaged in (3, [], {}, *(whole | change for change in changes)):
         path.write_text(json.dumps(damaged))
         assert records.get(case) is None
@@ -209,14 +204,8 @@ def test_records_that_are_damaged_or_of_another_case_are_measured_again(tmp_path
 
 
 def test_metrics_of_another_hand_are_left_out_of_the_picture(tmp_path):
-    lines = [
-        "[" * 100_000,
-        "3",
-        '{"event": "evaluation"}',
-        '{"event": "evaluation", "step": 1e999}',
-        "\ud800",
-        '{"evaluation"',
-    ]
+    lines = ["[" * 100_000, "3", "\ud800", '{"evaluation"', '{"event": "evaluation"}']
+    lines.append('{"event": "evaluation", "step": 1e999}')
     metrics, picture = tmp_path / "metrics.jsonl", tmp_path / "curves.png"
     metrics.write_text("\n".join(lines), encoding="utf-8", errors="surrogatepass")
     draw_curves(metrics, picture)
