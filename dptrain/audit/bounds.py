@@ -7,6 +7,7 @@ out to all statements that are made.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -148,7 +149,7 @@ def one_run_epsilon(found: Guesses, delta: float, significance: float) -> float:
     return _largest_refuted(lambda epsilon: one_run_p_value(found, epsilon, delta) <= significance)
 
 
-def _largest_refuted(refuted) -> float:  # type: ignore[no-untyped-def]
+def _largest_refuted(refuted: Callable[[float], bool]) -> float:
     """Where `refuted`, true up to some ε, ends; from below, to 1e-4."""
     low, high = 0.0, 1.0
     if not refuted(low):

@@ -31,7 +31,8 @@ def draw(records: Sequence[AuditRecord], path: Path) -> None:
         1, 2, figsize=(11, 1.8 + max(3.0, 0.32 * len(records))), layout="constrained"
     )
     stated = profile_of(Mechanism.from_dict(records[0].results["mechanism"]))
-    positive = np.geomspace(_FLOOR, 1, 200)
+    little = np.geomspace(_FLOOR, 0.5, 150)
+    positive = np.concatenate([little, 1 - little[::-1]])
     left.loglog(positive, least_false_negatives(stated, positive), "k--", label="as stated: nobody below")
     for record in records:
         seen = record.results["trade_off"]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dptrain.audit.bounds import Evidence, guesses, one_run_epsilon, shares
+from dptrain.audit.bounds import Evidence, Guesses, guesses, one_run_epsilon, shares
 from dptrain.audit.finding import Finding
-from dptrain.audit.profile import Noises
+from dptrain.audit.profile import Noises, Profile
 from dptrain.audit.white_box import SUBSAMPLED_GAUSSIAN
 
 GUESSES = "guesses"
@@ -23,7 +23,7 @@ def findings(evidence: list[Evidence], noises: Noises, delta: float, significanc
         made = guesses(one)
         each = share / 2 / len(made)
 
-        def refuted(profile, made=made, each=each) -> bool:  # type: ignore[no-untyped-def]
+        def refuted(profile: Profile, made: list[Guesses] = made, each: float = each) -> bool:
             return any(profile.refuted_by_guesses(g, each) for g in made)
 
         epsilon = max(one_run_epsilon(g, delta, each) for g in made)
