@@ -196,8 +196,8 @@ def scan(root: Path) -> tuple[list[str], list[tuple[str, int]], list[tuple[str, 
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
         raise DataError(
-            f"{root}: the classes of train/ and {test_folder.name}/ differ ({', '.join(odd[:5])}); "
-            "make them equal."
+            f"{root}: the classes of train/ and {test_folder.name}/ differ "
+            f"({', '.join(map(repr, odd[:5]))}); make them equal."
         )
     for path, _ in (*train.samples, *test.samples):  # before the first step, not in the middle of a run
         check_header(path)

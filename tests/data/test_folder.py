@@ -56,7 +56,7 @@ def test_an_image_that_is_cut_off_is_named_in_one_sentence(folder, workers):
 def test_classes_must_agree(folder):
     (folder / "train/green").mkdir()
     Image.new("RGB", (8, 8)).save(folder / "train/green/0.png")
-    with pytest.raises(DataError, match=r"classes of train/ and val/ differ \(green\)"):
+    with pytest.raises(DataError, match=r"classes of train/ and val/ differ \('green'\)"):
         load(str(folder))
 
 
