@@ -41,7 +41,7 @@ SHOWN: dict[str, dict] = {
     "larger-noise-accounted": WHITE_BOX,
     "twice-the-clip-norm": WHITE_BOX,
     "norm-without-a-layer": WHITE_BOX,
-    "norm-without-cross-terms": WHITE_BOX,
+    "norm-without-cross-terms": WHITE_BOX | {"canaries": 20_000},  # a quarter of them show it
     "clipped-by-layer": WHITE_BOX,
     "clipped-as-a-group": WHITE_BOX,
     "nan-spreads": FINAL_MODEL | {"scenes": ("not a number",)},
