@@ -22,7 +22,6 @@ from benchmarks.fuzz.targets import TARGETS  # noqa: E402
 
 SECONDS = 0.5  # of a fast machine, for each target
 MOST, LEAST = 1000, 8
-REWRITTEN = {"ledger"}
 
 
 def inputs(target: Target) -> int:
@@ -41,14 +40,14 @@ def fuzz(target: Target, numbers: range, folder: Path) -> Counter[str]:
     return found
 
 
-@pytest.mark.parametrize("name", [name for name in TARGETS if name not in REWRITTEN])
+@pytest.mark.parametrize("name", TARGETS)
 def test_inputs_are_taken_or_refused(name, tmp_path):
     found = fuzz(TARGETS[name], range(inputs(TARGETS[name])), tmp_path)
     assert found["accepted"] or found["refused"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in TARGETS if name not in REWRITTEN])
+@pytest.mark.parametrize("name", TARGETS)
 def test_many_inputs_are_taken_or_refused(name, tmp_path):
     fuzz(TARGETS[name], range(MOST, MOST + 40 * inputs(TARGETS[name])), tmp_path)
 
