@@ -247,7 +247,8 @@ def _rdp_epsilon(segments: Segments, delta: float, neighbours: str) -> float:
 
 @functools.lru_cache(maxsize=1024)
 def _step_rdp(step: dp_accounting.DpEvent, neighbours: str) -> npt.NDArray[np.float64]:
-    with _without_warnings_of_excluded_orders():
+    # Next to no noise overflows to an infinite divergence, which is what it has.
+    with _without_warnings_of_excluded_orders(), np.errstate(over="ignore"):
         engine = RdpAccountant(neighboring_relation=RELATIONS[neighbours]).compose(step)
     rdp = np.array(engine.rdp, dtype=np.float64)
     rdp.setflags(write=False)

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from dptrain.core import durable
+from dptrain.models.weights import read_tensors
 from dptrain.training.checkpoint import FIXED
 from dptrain.training.config import ConfigError, TrainConfig, read_config
 
@@ -127,8 +128,8 @@ class RunFolder:
     def load_model(self, model: nn.Module) -> None:
         """Read what `save_model` wrote into a model of the same making, in place."""
         try:
-            model.load_state_dict(load_file(self.weights))
-        except (SafetensorError, RuntimeError) as error:
+            model.load_state_dict(read_tensors(self.weights, model))
+        except RuntimeError as error:
             raise ConfigError(
                 f"{self.weights} does not fit the model that the run's configuration describes "
                 f"({str(error).strip().splitlines()[0].rstrip('.')}); use the version of the libraries "
