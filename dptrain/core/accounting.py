@@ -64,6 +64,8 @@ RELATIONS = {
     REPLACE_SPECIAL: NeighboringRelation.REPLACE_SPECIAL,
 }
 
+NO_NOISE = 1e-150
+"""The square of less vanishes."""
 LITTLE_NOISE = 0.3
 LARGEST_BY_PLD = 500.0
 """Above such an ε, which means nothing, a privacy loss distribution takes gigabytes and, for less noise
@@ -176,7 +178,7 @@ def epsilon(
         spent = epsilon(ordinary, delta, neighbours, accountant)
         lost = (1 + math.exp(min(spent, 200.0))) * rounded_gaussian.ERROR
         return spent if delta - lost == delta else math.inf
-    if any(spec.noise_multiplier == 0 for spec, _ in segments):
+    if any(spec.noise_multiplier < NO_NOISE for spec, _ in segments):
         return math.inf
     if accountant == RDP:
         return _rdp_epsilon(segments, delta, neighbours)

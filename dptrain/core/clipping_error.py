@@ -12,8 +12,8 @@ of n terms of one sign is off by gamma_(n - 1) of itself at most, in whatever or
    ``blocks``  the squares of `BLOCK` elements are summed in the type; d / `BLOCK` blocks and the parts of the
                norm (of uses, parameters) in float64. D = gamma_(BLOCK + 8) + gamma_(d / BLOCK + parts + 8),
                the latter of float64; the 8 for squares, for roots that are squared again, for casts.
-   ``levels``  sums of `BLOCK` elements are themselves summed by blocks, until one is left, all in the type:
-               l levels, then the parts. D = gamma_(l BLOCK + parts + 8).
+   ``levels``  sums of `LEVEL` elements are themselves summed by as many, until one is left, all in the type:
+               `chain` says how many additions follow each other. D = gamma_(chain + parts + 8).
    ``gram``    a bound on its error is added to each part, which holds against the gradient in the arithmetic
                of real numbers; what remains is the rounding of that addition, D = gamma_8.
 
@@ -25,7 +25,8 @@ So c |g| <= S C (1 + 16 u) sqrt((1 + d t / (S C)^2) / (1 - D)), and
 
     S = (1 - 16 u) sqrt(1 - D - 2 d t / C^2)
 
-suffices. In float32 it is 1 - 5.1e-6 by blocks, in float64 1 - 2e-14, a little less for large models. The
+suffices. In float32 it is 1 - 5.1e-6 by blocks and about 1 - 8e-6 by levels, in float64 1 - 2e-14, a little
+less for large models. The
 type in which the model computes does not enter: whatever was rounded to TF32 or bfloat16 on the way to g, it
 is this g that is clipped.
 """
@@ -37,6 +38,9 @@ from dptrain.core import checks, precision
 
 BLOCK = 128
 """Elements whose squares are added one after the other in the type they have."""
+
+LEVEL = 32
+"""Terms that are added one after the other where all is done in one type."""
 
 BLOCKS, LEVELS, GRAM = ROUTES = ("blocks", "levels", "gram")
 
@@ -52,7 +56,8 @@ def shortfall(dtype: str, elements: int, parts: int, route: str) -> float:
     Args:
         dtype: in which norms are taken, "float32" or "float64".
         elements: d, of the whole gradient.
-        parts: of the norm, that are taken by themselves and added.
+        parts: of the norm, that are taken by themselves and added; in ``levels``, additions that follow each
+            other when they are.
         route: how squares are added, one of `ROUTES`.
 
     Raises:
@@ -64,12 +69,17 @@ def shortfall(dtype: str, elements: int, parts: int, route: str) -> float:
     if route == GRAM:
         return precision.gamma(8, dtype)
     if route == LEVELS:
-        levels = 1
-        while BLOCK**levels < elements:
-            levels += 1
-        return precision.gamma(levels * min(elements, BLOCK) + parts + 8, dtype)
+        return precision.gamma(chain(elements) + parts + 8, dtype)
     joined = -(-elements // BLOCK) + parts + 8
     return precision.gamma(min(elements, BLOCK) + 8, dtype) + precision.gamma(joined, "float64")
+
+
+def chain(terms: int) -> int:
+    """Additions that follow each other, at most, where so many terms are summed by levels."""
+    levels = 1
+    while LEVEL**levels < terms:
+        levels += 1
+    return levels * min(terms, LEVEL)
 
 
 @functools.lru_cache(maxsize=1024)  # asked for at every step

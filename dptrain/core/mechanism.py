@@ -310,10 +310,12 @@ class Mechanism:
             points: the numbers of steps, or how many of them to spread evenly over the
                 whole mechanism; the last of these is always all steps.
         """
-        if not isinstance(points, Iterable):
+        try:
+            numbers = list(points)  # type: ignore[arg-type]
+        except TypeError:
             spread = min(checks.whole("points", points), self.steps)
-            points = sorted({math.ceil(self.steps * (i + 1) / spread) for i in range(spread)})
-        return [(steps, self.epsilon(delta, steps, accountant)) for steps in points]
+            numbers = sorted({math.ceil(self.steps * (i + 1) / spread) for i in range(spread)})
+        return [(steps, self.epsilon(delta, steps, accountant)) for steps in numbers]
 
     def _first(self, steps: int | None) -> Segments:
         left = self.steps if steps is None else checks.whole("steps", steps, minimum=0)

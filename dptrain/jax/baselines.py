@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from dptrain.core import clipping_error
+
 from .call import Call
 from .factors import clip_factors, norm_type, sum_of_squares, weighted_sum
 from .uses import accumulated
@@ -42,7 +44,9 @@ def vectorised(clip_norm: float) -> Callable:
         (losses, aux), gradients = jax.vmap(gradient, (None, 0))(call.parameters, call.data)
         gradients = [_wide(g) for g in gradients]
         squared = sum_of_squares(gradients, 1).astype(norm_type(call.parameters))
-        factors = clip_factors(squared, mask, clip_norm, call.parameters, 0)
+        factors = clip_factors(
+            squared, mask, clip_norm, call.parameters, clipping_error.chain(len(call.parameters))
+        )
 
         def together() -> tuple:
             return [weighted_sum(factors, g) for g in gradients], jnp.sqrt(squared), losses, aux
@@ -76,7 +80,9 @@ def looped(clip_norm: float) -> Callable:
             (loss, aux), grads = gradient(call.parameters, example)
             grads = [_wide(g) for g in grads]
             squared = sum_of_squares(grads).astype(norm_type(call.parameters))
-            factor = clip_factors(squared, here, clip_norm, call.parameters, 0)
+            factor = clip_factors(
+                squared, here, clip_norm, call.parameters, clipping_error.chain(len(call.parameters))
+            )
             sums = [s + jnp.where(factor > 0, factor.astype(g.dtype) * g, 0) for s, g in zip(sums, grads)]
             return sums, (jnp.sqrt(squared), loss, aux)
 

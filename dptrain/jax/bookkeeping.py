@@ -12,7 +12,7 @@ from jax import Array, lax
 
 from . import gram
 from .capture import Capture, Captured, Use
-from .factors import sum_of_squares, weighted_sum
+from .factors import sum_of_squares, total, weighted_sum
 from .program import Value
 from .pullback import Group, Pull
 from .uses import Table, accumulated
@@ -67,10 +67,7 @@ class Bookkeeping:
 
     def squared_norms(self) -> Array:
         """Of each example's gradient over all parameters, ``[B]``, rounded up where rounding matters."""
-        total: Array | float = 0.0
-        for number, part in enumerate(self.parts):
-            total = total + self._squared(number, part)
-        return total  # type: ignore[return-value]
+        return total([self._squared(number, part) for number, part in enumerate(self.parts)])
 
     def _squared(self, number: int, part: Part) -> Array:
         if part.route is Route.GRAM and part.single is not None:

@@ -7,6 +7,8 @@ from dataclasses import replace
 import jax.numpy as jnp
 from jax import Array, lax
 
+from dptrain.core import clipping_error
+
 from .baselines import in_parts, unless_infinite
 from .bookkeeping import Bookkeeping
 from .call import Call
@@ -37,7 +39,8 @@ class ByUses:
         captured = self.capture(values, call.data)
         books = Bookkeeping(self.plan.parts, captured, call.parameters, inputs)
         squared = books.squared_norms().astype(norm_type(call.parameters))
-        parts = sum(len(part.uses) + len(part.group.values) + 1 for part in self.plan.parts)
+        within = max((len(part.uses) + len(part.group.values) for part in self.plan.parts), default=1)
+        parts = clipping_error.chain(within) + clipping_error.chain(max(1, len(self.plan.parts)))
         factors = clip_factors(squared, mask, self.clip_norm, call.parameters, parts)
         if self.plan.second_backward:
             # Behind a barrier, or the compiler would find that it has all this already.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from dptrain.core import clipping_error
-from dptrain.core.clipping_error import BLOCK
+from dptrain.core.clipping_error import LEVEL
 
 
 def clip_factors(
@@ -19,14 +19,12 @@ def clip_factors(
 
     Args:
         squared: squared norms over all parameters, by ``sum_of_squares``.
-        parts: in which they were taken, besides the parameters.
+        parts: additions that follow each other when the norms of parts are added.
     """
     norm = jnp.sqrt(squared)
     elements = sum(p.size for p in parameters)
     narrowest = min(jnp.dtype(norm_type([p])).name for p in parameters)  # "float32" < "float64"
-    margin = clipping_error.margin(
-        narrowest, elements, len(parameters) + parts, clip_norm, clipping_error.LEVELS
-    )
+    margin = clipping_error.margin(narrowest, elements, parts, clip_norm, clipping_error.LEVELS)
     factor = jnp.minimum(1.0, clip_norm * margin / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
     return jnp.where(mask & jnp.isfinite(squared), factor, 0.0)
 
@@ -42,14 +40,21 @@ def sum_of_squares(gradients: Sequence[Array], first: int = 0) -> Array:
     By blocks, and those by blocks: how XLA adds up a long axis is its own affair, and one square after the
     other, in float32, the sum of millions of them would swallow the small ones.
     """
-    return sum(_by_levels(jnp.square(g).reshape(*g.shape[:first], -1)) for g in gradients)  # type: ignore
+    return total([_by_levels(jnp.square(g).reshape(*g.shape[:first], -1)) for g in gradients])
+
+
+def total(parts: Sequence[Array]) -> Array:
+    """The sum of arrays of one shape, by blocks."""
+    if len(parts) == 1:
+        return parts[0]
+    return _by_levels(jnp.stack([x.astype(jnp.result_type(*parts)) for x in parts], -1))
 
 
 def _by_levels(x: Array) -> Array:
     """The sum over the last axis."""
-    while (size := x.shape[-1]) > BLOCK:
-        whole = size - size % BLOCK
-        sums = jnp.sum(x[..., :whole].reshape(*x.shape[:-1], -1, BLOCK), -1)
+    while (size := x.shape[-1]) > LEVEL:
+        whole = size - size % LEVEL
+        sums = jnp.sum(x[..., :whole].reshape(*x.shape[:-1], -1, LEVEL), -1)
         if whole < size:
             sums = jnp.concatenate([sums, jnp.sum(x[..., whole:], -1, keepdims=True)], -1)
         x = lax.optimization_barrier(sums)  # or the compiler might add them all up in one go

@@ -224,7 +224,7 @@ def test_a_local_configuration(capsys, transformers, tmp_path):
         (["bert", "--config", "hidden_size"], "takes key=value"),
         (["bert", "--config", "hidden_size=7"], "cannot be built with this --config"),
         (["bert", "--task", "seq2seq"], "choose --task classification or lm"),
-        (["no-such.json"], "no readable configuration"),
+        (["no-such.json"], "does not exist"),
     ],
 )
 def test_bad_input_for_transformers(capsys, transformers, arguments, message):

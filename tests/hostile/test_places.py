@@ -92,6 +92,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, str]:
         "PYTHONDONTWRITEBYTECODE": "1",
         "MPLCONFIGDIR": str(base / "matplotlib"),
         "TMPDIR": str(base / "temporary"),
+        "TORCHINDUCTOR_CACHE_DIR": str(base / "temporary" / "inductor"),
     }
     environment.pop("DPTRAIN_DATA", None)
     told = base / "told.json"

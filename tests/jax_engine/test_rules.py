@@ -346,7 +346,7 @@ def test_the_naive_way_compiles_each_size():
         ({"dataset": iter(())}, "iterable"),
         ({"dataset": {"x": np.ones((40, 2)), "y": np.ones(3)}}, "different numbers"),
         ({"mechanism": _mechanism(80)}, "expects batches of"),
-        ({"physical_batch_size": 0}, "positive integer"),
+        ({"physical_batch_size": 0}, "at least 1"),
     ],
 )
 def test_make_private_refuses(change, message):

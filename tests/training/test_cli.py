@@ -131,7 +131,7 @@ def test_ledgers_say_what_was_spent(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ledger", "no-such-file"], "cannot be read"),
+        (["--ledger", "no-such-file"], "does not exist"),
         (["--ledger", "x", "--steps", "3"], "from the record alone"),
     ],
 )
