@@ -94,7 +94,8 @@ def margin(dtype: str, elements: int, parts: int, clip_norm: float, route: str) 
         ValueError: C is so small that squares of its size vanish in the type.
     """
     lost = max(shortfall(dtype, elements, parts, way) for way in (route, GRAM))
-    lost += 2 * elements * _TINY[dtype] / checks.positive("clip_norm", clip_norm) ** 2
+    clip_norm = checks.positive("clip_norm", clip_norm)
+    lost += 2 * elements * _TINY[dtype] / clip_norm / clip_norm  # the square of a large one overflows
     if lost > 0.01:
         raise ValueError(
             f"a norm of {clip_norm:g} over {elements} elements is too small for {dtype}: raise the clip norm."
