@@ -88,7 +88,8 @@ def vectorised(model, loss_fn, parameters, batch, mask, batch_size, clip_norm, g
         transform = torch.func.vmap(
             torch.func.grad(one, has_aux=True), in_dims=(None, 0), randomness="different"
         )
-        grads, losses = transform(mine, batch)
+        with torch.no_grad():  # for a batch that asks for gradients of its own
+            grads, losses = transform(mine, batch)
     except Exception as error:
         if is_final(error):
             raise

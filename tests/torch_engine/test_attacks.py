@@ -426,3 +426,13 @@ def test_physical_batches_of_parameters_that_are_added_are_counted_once(method):
     whole = clipped(batch).grads
     for name, g in total.grads.items():
         torch.testing.assert_close(g, whole[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "per-example-vmap", "per-example-loop"])
+def test_a_batch_that_asks_for_gradients_keeps_no_graph(method):
+    """What is handed out holds no memory of the step, and can be turned into numbers."""
+    model, batch = Model(lambda m, x: x * m.scale, scale=torch.ones(5)), rows()
+    batch["x"].requires_grad_()
+    out = dpt.clipped_grad(model, squares, clip_norm=1.0, method=method)(batch)
+    handed_out = [out.losses, out.norms, *out.grads.values()]
+    assert not any(tensor.requires_grad for tensor in handed_out)
