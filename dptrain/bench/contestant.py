@@ -45,6 +45,8 @@ class Contestant:
             examples, without noise, by parameter name; a parameter that is left out is missing or None.
         stabiliser: what a peer documents to add to the norm in ``min(1, C / (norm + stabiliser))``.
         held_bytes: memory for per-example gradients that it keeps from step to step.
+        ends_with_a_step: the end begins with the last physical step, so that what goes to other devices can
+            go meanwhile; the time of a later step is then taken off.
         first_s, later_s, end_s: seconds of the first physical step of a logical one, of a later one, and of
             the end, one of each for a round.
     """
@@ -56,6 +58,7 @@ class Contestant:
     clipped_sum: Callable[[int], dict[str, Any]] | None = None
     stabiliser: float = 0.0
     held_bytes: Callable[[], int] = int
+    ends_with_a_step: bool = False
     first_s: list[float] = field(default_factory=list)
     later_s: list[float] = field(default_factory=list)
     end_s: list[float] = field(default_factory=list)

@@ -16,6 +16,7 @@ from dptrain.bench.jax_task import JaxTask
 from dptrain.bench.peers import PEERS
 from dptrain.bench.torch_task import Task
 from dptrain.core import methods
+from dptrain.torch.ranks import all_ranks
 
 OURS = ("torch", "jax")
 #: examples on which exactness is judged, of the contestant that is timed and in float64
@@ -64,8 +65,8 @@ def enter(case: Case, clip_norm: float | None = None) -> Field:
         Unsupported: the engine, the device or the precision is not there.
     """
     check_device(case)
-    if case.devices > 1:
-        raise Unsupported("several devices are not supported yet.")
+    if case.devices != all_ranks().size:
+        raise Unsupported("several devices are for the measure scaling, and for the PyTorch engine.")
     if is_ordinary(case):
         clip_norm = 1.0
     return _in_jax(case, clip_norm) if framework(case) == "jax" else _in_torch(case, clip_norm)

@@ -8,7 +8,8 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from multiprocessing import connection
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -35,28 +36,68 @@ def run(function: Callable[..., Any], *arguments: Any, timeout_s: float = 3600.0
         function: of a module, as pickle wants it; so are its arguments and what it returns.
         timeout_s: after which the process is ended; that is an error.
     """
-    context = _context()
-    with tempfile.NamedTemporaryFile(prefix="dptrain-", suffix=".log") as log:
-        ours, theirs = context.Pipe(duplex=False)
-        killed_before = _killed_for_memory()
-        leads = not _is_a_case()
-        process = context.Process(target=_child, args=(theirs, log.name, leads, function, arguments))
-        process.start()
+    with _Elsewhere(function, arguments) as process:
+        return process.outcome(timeout_s)
+
+
+def run_together(
+    function: Callable[..., Any], arguments: Sequence[tuple], timeout_s: float = 3600.0
+) -> list[Any]:
+    """What the function returns for each of the arguments, in as many processes at once.
+
+    Raises:
+        Ended: one of them ended otherwise than well; the others are ended then.
+    """
+    with contextlib.ExitStack() as all_:
+        running = [all_.enter_context(_Elsewhere(function, each)) for each in arguments]
+        waiting = {process.answers: process for process in running}
+        found: dict[_Elsewhere, Any] = {}
+        while waiting:
+            for ready in connection.wait(list(waiting), timeout_s) or list(waiting):
+                process = waiting.pop(ready)
+                outcome = process.outcome(0)
+                if outcome.status != "ok":
+                    raise Ended(outcome)
+                found[process] = outcome.value
+        return [found[process] for process in running]
+
+
+class _Elsewhere:
+    """A process that is started on entering, and ended on leaving if it has not answered."""
+
+    def __init__(self, function: Callable[..., Any], arguments: tuple):
+        self._function, self._arguments = function, arguments
+
+    def __enter__(self) -> _Elsewhere:
+        context = _context()
+        self._log = tempfile.NamedTemporaryFile(prefix="dptrain-", suffix=".log")
+        self.answers, theirs = context.Pipe(duplex=False)
+        self._killed_before = _killed_for_memory()
+        what = theirs, self._log.name, not _is_a_case(), self._function, self._arguments
+        self._process = context.Process(target=_child, args=what)
+        self._process.start()
         theirs.close()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._process.is_alive():  # Ctrl-C, of which it does not hear, or it took too long
+            _end(self._process)
+        self.answers.close()
+        self._log.close()
+
+    def outcome(self, timeout_s: float) -> Outcome:
+        """What it answers within so many seconds, or how it died."""
         try:
-            outcome = ours.recv() if ours.poll(timeout_s) else None
+            outcome = self.answers.recv() if self.answers.poll(timeout_s) else None
         except EOFError:  # it died
-            process.join()
-            return _died(process.exitcode, Path(log.name), _killed_for_memory() > killed_before)
-        except BaseException:  # Ctrl-C: the child does not hear of it
-            _end(process)
-            raise
-        finally:
-            ours.close()
+            self._process.join()
+            for_memory = _killed_for_memory() > self._killed_before
+            return _died(self._process.exitcode, Path(self._log.name), for_memory)
         if outcome is None:
-            _end(process)
-        process.join()
-    return outcome or Outcome("error", sentence=f"it took more than {timeout_s:g} s and was ended.")
+            _end(self._process)
+            return Outcome("error", sentence=f"it took more than {timeout_s:g} s and was ended.")
+        self._process.join()
+        return outcome
 
 
 def attempt(function: Callable[..., Any], *arguments: Any) -> Outcome:
@@ -93,9 +134,7 @@ def _context() -> Any:
     return context
 
 
-def _child(
-    connection: Connection, log: str, leads: bool, function: Callable[..., Any], arguments: tuple
-) -> None:
+def _child(asker: Connection, log: str, leads: bool, function: Callable[..., Any], arguments: tuple) -> None:
     """Call the function and send what came of it.
 
     leads: whether this process begins a group, of those that it starts; they join it.
@@ -107,8 +146,8 @@ def _child(
         sys.stdout.flush()
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    connection.send(attempt(function, *arguments))
-    connection.close()
+    asker.send(attempt(function, *arguments))
+    asker.close()
     # Libraries that wait for threads of theirs at the end have been seen to wait for ever.
     os._exit(0)
 

@@ -29,18 +29,25 @@ def warm_up(contestant: Contestant) -> None:
     """A logical step of three: probing, compiling, and what a first call allocates."""
 
     def logical_step() -> None:
-        for _ in range(3):
+        for _ in range(3 - contestant.ends_with_a_step):
             contestant.step()
         contestant.end()
 
     contestant.warm_up_s = seconds(logical_step)
 
 
-def race(contestants: Sequence[Contestant], accumulate: int, limit_s: float) -> None:
+def race(
+    contestants: Sequence[Contestant],
+    accumulate: int,
+    limit_s: float,
+    agreed: Callable[[bool], bool] = bool,
+) -> None:
     """Rounds, until the ratios are known to `PRECISE` or the time is up.
 
     In a round each contestant takes the first physical step of a logical one, then a later one, which
     also accumulates, then the end. Who goes first changes from round to round.
+
+    agreed: of several processes that race side by side: whether all stop, by what one of them thinks.
     """
     started, rounds = time.perf_counter(), 0
     while True:
@@ -52,12 +59,13 @@ def race(contestants: Sequence[Contestant], accumulate: int, limit_s: float) -> 
         for c in order:
             c.later_s.append(seconds(c.step))
         for c in order:
-            c.end_s.append(seconds(c.end))
+            c.end_s.append(seconds(c.end) - c.later_s[-1] * c.ends_with_a_step)
         rounds += 1
         elapsed = time.perf_counter() - started
         if rounds < LEAST_ROUNDS:
             continue
-        if elapsed * (rounds + 1) / rounds > limit_s or _uncertainty(contestants, accumulate) < PRECISE:
+        late = elapsed * (rounds + 1) / rounds > limit_s
+        if agreed(late or _uncertainty(contestants, accumulate) < PRECISE):
             return
 
 

@@ -8,17 +8,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import dptrain.torch as dpt
 from dptrain.bench.contestant import Contestant, Unsupported, accounted
 from dptrain.bench.torch_task import Task
 from dptrain.core import methods
 from dptrain.core.entropy import Key
+from dptrain.torch.ranks import all_ranks
 from dptrain.torch.sections import section
 
 
 def baselines(task: Task) -> dict[str, Callable[[], Contestant]]:
     """Ways of ordinary training by name, as functions that set them up: the best of them counts."""
+    if not all_ranks().alone:
+        return {"non-private DDP": lambda: data_parallel(task)}
     names = ["kept", "fresh"]
     if is_convolutional(task):  # most libraries' convolutions are faster where channels lie last
         names.append("kept, channels last")
@@ -30,6 +34,8 @@ def baselines(task: Task) -> dict[str, Callable[[], Contestant]]:
 
 def plain(task: Task) -> Contestant:
     """Ordinary training as most people do it, with the case's options."""
+    if not all_ranks().alone:
+        return data_parallel(task)
     return non_private(task, "kept, compiled" if task.case.compile else "kept")
 
 
@@ -82,6 +88,32 @@ def non_private(task: Task, variant: str) -> Contestant:
     return Contestant(f"non-private {variant}", "baseline", step, end)
 
 
+def data_parallel(task: Task) -> Contestant:
+    """Ordinary training of all ranks by DistributedDataParallel at its best: it reduces once in a logical
+    step, while the last backward pass goes on."""
+    model, batch = task.model(), task.batch
+    shared = DistributedDataParallel(model)
+    optimizer = task.optimizer(model)
+    total_loss = lambda: task.loss_fn(shared, batch).sum()  # noqa: E731
+    if task.case.compile:
+        total_loss = torch.compile(total_loss, dynamic=False)
+
+    def step() -> None:
+        with shared.no_sync():
+            total_loss().backward()
+        task.synchronize()
+
+    def end() -> None:
+        total_loss().backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        torch._foreach_div_(grads, task.logical_batch_size)  # a mean over ranks already
+        optimizer.step()
+        torch._foreach_zero_(grads)
+        task.synchronize()
+
+    return Contestant("non-private DDP", "baseline", step, end, ends_with_a_step=True)
+
+
 def private(task: Task) -> Contestant:
     """dptrain by a method of its table."""
     case, model = task.case, task.model()
@@ -96,7 +128,7 @@ def private(task: Task) -> Contestant:
     key, batch = Key.from_entropy(), task.batch
     everyone = torch.ones(case.batch_size, dtype=torch.bool, device=case.device)
     total: dpt.ClippedSum | None = None
-    taken = 0
+    taken, together = 0, not all_ranks().alone
 
     def step() -> None:
         nonlocal total
@@ -105,6 +137,8 @@ def private(task: Task) -> Contestant:
 
     def end() -> None:
         nonlocal total, taken
+        if together:
+            total = clipped(batch, everyone, into=total, last=True)
         assert total is not None
         gradient = dpt.privatize(total, mechanism, key.child(taken), donate=True)
         dpt.apply(optimizer, model, gradient)
@@ -116,4 +150,12 @@ def private(task: Task) -> Contestant:
         return clipped(batch, mask).grads
 
     held_bytes = lambda: clipped.workspace_bytes  # noqa: E731
-    return Contestant(f"torch {case.method}", "case", step, end, clipped_sum, held_bytes=held_bytes)
+    return Contestant(
+        f"torch {case.method}",
+        "case",
+        step,
+        end,
+        clipped_sum,
+        held_bytes=held_bytes,
+        ends_with_a_step=together,
+    )

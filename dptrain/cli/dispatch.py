@@ -55,10 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = importlib.import_module(f"dptrain.cli.{name}")
     try:
         return command.run(rest)
-    except KeyboardInterrupt:
-        errors.print(
-            "Interrupted; no step was taken and nothing was spent." if name == "train" else "Interrupted."
-        )
+    except KeyboardInterrupt as interruption:
+        unspent = "Interrupted; no step was taken and nothing was spent."
+        errors.print(str(interruption) or (unspent if name == "train" else "Interrupted."))
         return INTERRUPTED
     except command.BAD_INPUT_ERRORS as error:
         return _refused(errors, str(error))

@@ -120,9 +120,10 @@ def show_plan(console: Console, run: Run, folder: RunFolder) -> None:
         table.add_row("converted", f"{converted} BatchNorm layers to GroupNorm, {left} left alone")
     average = f", weights averaged ({config.weight_average:g})" if config.weight_average else ""
     table.add_row("optimizer", f"{config.optimizer}, lr {config.lr:g} {config.lr_schedule}{average}")
+    most = f", at most {config.max_logical_batch_size}" if config.max_logical_batch_size else ""
     table.add_row(
         "batches",
-        f"Poisson, {mechanism.expected_batch_size:g} expected (q = {mechanism.sample_rate:.4g}), "
+        f"Poisson, {mechanism.expected_batch_size:g} expected (q = {mechanism.sample_rate:.4g}){most}, "
         f"{mechanism.steps:,} steps",
     )
     if run.is_private:

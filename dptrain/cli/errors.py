@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from dptrain.core.team import RankLost
 from dptrain.torch.errors import Refused
 
-BAD_INPUT_ERRORS: tuple[type[Exception], ...] = (ValueError, TypeError, MemoryError, Refused)
+BAD_INPUT_ERRORS: tuple[type[Exception], ...] = (
+    ValueError,
+    TypeError,
+    MemoryError,
+    Refused,
+    RankLost,
+)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
@@ -16,8 +13,12 @@ from dptrain.cli.errors import BAD_INPUT_ERRORS
 from dptrain.cli.terminal import Terminal
 from dptrain.recipes import RECIPES, recipe
 from dptrain.report import draw_curves
+from dptrain.torch.ranks import Ranks
 from dptrain.training import ConfigError, RunFolder, TrainConfig, read_config, resume, train
 from dptrain.training.config import ALTERNATIVES
+from dptrain.training.follower import follow
+from dptrain.training.interruption import termination_as_interruption
+from dptrain.training.ranks import joined
 from dptrain.training.run_folder import CURVES, METRICS
 
 __all__ = ["BAD_INPUT_ERRORS", "run"]
@@ -27,10 +28,19 @@ INTERRUPTED = 130
 
 def run(arguments: Sequence[str]) -> int:
     """Train as the flags say, over a recipe, a configuration file or a saved run, over the defaults."""
+    with termination_as_interruption(), joined() as ranks:
+        if ranks.leads:
+            return _lead(arguments, ranks)
+        follow(ranks)
+    return 0
+
+
+def _lead(arguments: Sequence[str], ranks: Ranks) -> int:
+    """What the only process does, or the first of several."""
     config, saved = parse(arguments), resumed(arguments)
     console = Terminal()
-    with _termination_as_interruption(), RunDisplay(console, config) as display:
-        outcome = train(config, display) if saved is None else resume(saved, config, display)
+    with RunDisplay(console, config) as display:
+        outcome = train(config, display, ranks) if saved is None else resume(saved, config, display, ranks)
     folder = outcome.folder.path
     draw_curves(folder / METRICS, folder / CURVES)
     show_outcome(console, outcome)
@@ -76,19 +86,6 @@ def _split_off_sources(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
     parser.add_argument("--recipe")
     parser.add_argument("--resume", type=Path)
     return parser.parse_known_args(list(arguments))
-
-
-@contextmanager
-def _termination_as_interruption() -> Iterator[None]:
-    """Within, SIGTERM, which batch systems send before they kill, ends a run as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _given(arguments: Sequence[str]) -> set[str]:

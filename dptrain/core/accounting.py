@@ -66,6 +66,8 @@ RELATIONS = {
 
 NO_NOISE = 1e-150
 """The square of less vanishes."""
+MOST_NOISE = 1e100
+"""Larger noise multipliers count as this one: their squares overflow."""
 LITTLE_NOISE = 0.3
 LARGEST_BY_PLD = 500.0
 """Above such an ε, which means nothing, a privacy loss distribution takes gigabytes and, for less noise
@@ -206,7 +208,8 @@ def merge(segments: Sequence[tuple[StepSpec, int]]) -> Segments:
 
 def _run(spec: StepSpec, count: int) -> tuple[dp_accounting.DpEvent, int]:
     """The event that `count` equal steps compose, and how many times they do."""
-    sampling, sigma = spec.sampling, spec.noise_multiplier
+    # Less noise costs no less, so epsilon is not understated.
+    sampling, sigma = spec.sampling, min(spec.noise_multiplier, MOST_NOISE)
     gaussian = dp_accounting.GaussianDpEvent(sigma)
     match sampling.sampler:
         case "poisson":

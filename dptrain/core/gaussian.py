@@ -1,7 +1,8 @@
 """Gaussian numbers from a cryptographic keystream, each at a place of its own.
 
-The numbers of a parameter come in blocks of ``BLOCK``. Any block can be drawn by itself, on any
-thread: what it holds is decided by the key, the parameter's name and the block's index.
+The numbers of a parameter come in blocks of ``BLOCK``, those of a block in pairs. Any run of pairs can be
+drawn by itself, on any thread and any device: what it holds is decided by the key, the parameter's name and
+the pairs' places.
 """
 
 from __future__ import annotations
@@ -28,16 +29,17 @@ _WORDS: dict[np.dtype[Any], np.dtype[Any]] = {
 }
 
 
+ALIGNMENT = 4  # pairs: a counter's bytes hold so many words of 32 bits
+
+PAIRS = BLOCK // 2  # of a block
+
+
 class Place(NamedTuple):
-    """Where a block of a parameter's numbers, or what the parameter has of it, comes from."""
+    """Where a run of pairs of a parameter comes from."""
 
     streams: tuple[int, ...]  #: of the parameter, as ``streams_of`` gives them
-    block: int  #: index of the block in the parameter
-    size: int  #: numbers, at most ``BLOCK``
-
-    @property
-    def pairs(self) -> int:
-        return (self.size + 1) // 2
+    first: int  #: pair, a multiple of ``ALIGNMENT``; block n begins with pair n ``PAIRS``
+    pairs: int  #: how many, at most ``PAIRS``
 
 
 @lru_cache(maxsize=2**16)
@@ -75,7 +77,7 @@ class Gaussians:
         self._words, self._numbers = np.empty(2 * pairs, self._word), np.empty(2 * pairs, dtype)
 
     def draw(self, places: list[Place]) -> list[np.ndarray]:
-        """The numbers of each place, ``[2, pairs]``, by rows; of an odd ``size`` the last is one too many.
+        """The numbers of each place, ``[2, pairs]``: the first of each pair, then the second.
 
         They lie in scratch memory: use them before the next call.
         """
@@ -85,7 +87,7 @@ class Gaussians:
         for row, which in zip(words, (RADII, ANGLES)):
             buffer = row.data.cast("B")
             for place, begin, end in zip(places, ends, ends[1:]):
-                first = place.block * (BLOCK // 2) * size // COUNTER_BYTES
+                first = place.first * size // COUNTER_BYTES
                 self._source.fill(buffer[begin * size : end * size], place.streams[which] + first)
         radii, angles = self._numbers[: words.size].reshape(2, -1)
         self._inverse_uniform(words[0], places, ends, out=radii)
@@ -120,7 +122,7 @@ class Gaussians:
         for i in np.flatnonzero(words < _SMALL).tolist():
             which = bisect(ends, i) - 1
             place = places[which]
-            self._source.fill(lower, place.streams[FURTHER] + place.block * (BLOCK // 2) + i - ends[which])
+            self._source.fill(lower, place.streams[FURTHER] + place.first + i - ends[which])
             found[i] = 2.0**64 / (int(words[i]) * 2**32 + int.from_bytes(lower, "little") + 0.5)
         return found
 

@@ -383,6 +383,8 @@ class Mechanism:
             "noise stddev on the sum": self._list(lambda s: f"{s.noise_stddev:.6g}"),
             "noise stddev on the mean": self._list(lambda s: f"{s.noise_stddev / s.expected_batch_size:.4g}"),
         }
+        if any(spec.sampling.max_batch_size is not None for spec, _ in self.segments):
+            described["largest batch size"] = self._list(lambda s: str(s.sampling.max_batch_size or "any"))
         if any(spec.grid is not None for spec, _ in self.segments):
             described["integer grid"] = self._list(lambda s: f"{s.grid:g}" if s.grid else "none")
         return described

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from dptrain.core import rounded_gaussian
 from dptrain.core.entropy import Key
-from dptrain.core.gaussian import BLOCK, Gaussians, Place, streams_of
+from dptrain.core.gaussian import ALIGNMENT, BLOCK, PAIRS, Gaussians, Place, streams_of
 from dptrain.core.grid import in_spacings
 from dptrain.core.rounded_gaussian import RoundedGaussians
 
@@ -23,12 +23,29 @@ _SMALL = 2**14  # numbers
 _BATCHES_A_THREAD = 2  # fewer are not worth a thread: torch's own may still be spinning
 
 
-class _Piece(NamedTuple):
-    """A block of a parameter: its sums ``[n]``, where their noisy means go (maybe there), and its place."""
+class Span(NamedTuple):
+    """Which elements of a parameter an array holds: those from ``begin`` on, of ``of`` in all."""
 
-    total: Array
-    out: Array
+    begin: int
+    of: int
+
+
+class _Piece(NamedTuple):
+    """Elements of a block of a parameter, and where their noise comes from."""
+
+    total: Array  #: sums ``[n]``
+    out: Array  #: where their noisy means go, maybe there
     place: Place
+    row: int | None = None  #: of the place's two, if not all numbers of both are wanted
+    skip: int = 0  #: numbers of that row before the first that is wanted
+
+    def of(self, drawn: Array) -> Array:
+        """What is wanted of ``drawn``, ``[2, pairs]``: ``[n]``, or by rows."""
+        if self.row is not None:
+            return drawn[self.row, self.skip : self.skip + self.total.size]
+        if self.total.size % 2:  # the last of the second row is one too many
+            return drawn.reshape(-1)[: self.total.size]
+        return drawn
 
 
 def noisy_mean(
@@ -38,6 +55,7 @@ def noisy_mean(
     batch_size: float,
     key: Key,
     threads: int,
+    spans: Mapping[str, Span] | None = None,
 ) -> None:
     """``out = (sum + N(0, noise_stddev^2)) / batch_size``, for contiguous float32 or float64 arrays.
 
@@ -53,14 +71,17 @@ def noisy_mean(
         batch_size: L.
         key: used for this step's noise and nothing else.
         threads: at most.
+        spans: which elements of its parameter an array holds, if not all: each element's noise is its own,
+            whoever draws it.
     """
+    spans = _spans(sums, spans)
     for dtype in {total.dtype for total in sums.values()}:
         of_one_type = {name: total for name, total in sums.items() if total.dtype == dtype}
 
         def source(pairs: int, dtype: np.dtype[Any] = dtype) -> Gaussians:
             return Gaussians(key, dtype, noise_stddev, pairs)
 
-        _in_threads(partial(_add, source, 1 / batch_size), of_one_type, out, streams_of, threads)
+        _in_threads(partial(_add, source, 1 / batch_size), of_one_type, out, spans, streams_of, threads)
 
 
 def noisy_mean_on_grid(
@@ -71,6 +92,7 @@ def noisy_mean_on_grid(
     batch_size: float,
     key: Key,
     threads: int,
+    spans: Mapping[str, Span] | None = None,
 ) -> None:
     """``out = grid (sum + round(N(0, (noise_stddev / grid)^2))) / batch_size``.
 
@@ -82,7 +104,7 @@ def noisy_mean_on_grid(
         out: contiguous float32 or float64 arrays of the same shapes.
         noise_stddev: sigma C, in units of the gradient.
         grid: the spacing, a power of two.
-        batch_size, key, threads: as for `noisy_mean`.
+        batch_size, key, threads, spans: as for `noisy_mean`.
 
     Raises:
         ValueError: the noise's standard deviation is not 1 to 2^32 spacings, or a parameter has more than
@@ -90,28 +112,32 @@ def noisy_mean_on_grid(
     """
     stddev = in_spacings(noise_stddev, grid)
     rounded_gaussian.check_stddev(stddev)
-    for name, total in sums.items():
-        if total.size > rounded_gaussian.LARGEST_PARAMETER:
-            raise ValueError(f"{name} has {total.size} elements, and rounded noise at most 2^31: split it.")
+    spans = _spans(sums, spans)
+    for name, span in spans.items():
+        if span.of > rounded_gaussian.LARGEST_PARAMETER:
+            raise ValueError(f"{name} has {span.of} elements, and rounded noise at most 2^31: split it.")
 
     def source(pairs: int) -> RoundedGaussians:
         return RoundedGaussians(key, stddev, pairs)
 
     add = partial(_add, source, grid / batch_size)
-    _in_threads(add, sums, out, rounded_gaussian.streams_of, threads)
+    _in_threads(add, sums, out, spans, rounded_gaussian.streams_of, threads)
 
 
 def _in_threads(
     add: Callable[[Iterable[list[_Piece]]], None],
     sums: Mapping[str, Array],
     out: Mapping[str, Array],
+    spans: Mapping[str, Span],
     streams_of: Callable[[str], tuple[int, ...]],
     threads: int,
 ) -> None:
     """Have all pieces of all sums added to, the large ones by several threads."""
-    pieces = [piece for name in sums for piece in _pieces(streams_of(name), sums[name], out[name])]
-    add(_batches(piece for piece in pieces if piece.place.size < _SMALL))
-    large = _batches(piece for piece in pieces if piece.place.size >= _SMALL)
+    pieces = [
+        piece for name in sums for piece in _pieces(streams_of(name), sums[name], out[name], spans[name])
+    ]
+    add(_batches(piece for piece in pieces if piece.total.size < _SMALL))
+    large = _batches(piece for piece in pieces if piece.total.size >= _SMALL)
     others = min(threads, len(large) // _BATCHES_A_THREAD) - 1
     with ThreadPoolExecutor(max(1, others)) as pool:
         shared = iter(large)  # each batch goes to the thread that comes first
@@ -121,11 +147,33 @@ def _in_threads(
             thread.result()
 
 
-def _pieces(streams: tuple[int, ...], total: Array, out: Array) -> Iterator[_Piece]:
+def _spans(sums: Mapping[str, Array], spans: Mapping[str, Span] | None) -> dict[str, Span]:
+    """Of every array, whole parameters where nothing else is said."""
+    return {name: Span(0, total.size) for name, total in sums.items()} | dict(spans or {})
+
+
+def _pieces(streams: tuple[int, ...], total: Array, out: Array, span: Span) -> Iterator[_Piece]:
+    """Block by block. A block of n numbers has the first ones of its pairs, then the second ones."""
     total, out = total.reshape(-1), out.reshape(-1)
-    for block, begin in enumerate(range(0, total.size, BLOCK)):
-        part = slice(begin, begin + BLOCK)
-        yield _Piece(total[part], out[part], Place(streams, block, total[part].size))
+    end = span.begin + total.size
+    for block in range(span.begin // BLOCK, -(-end // BLOCK)):
+        start, size = block * BLOCK, min(BLOCK, span.of - block * BLOCK)
+        pairs = (size + 1) // 2
+        low, high = max(span.begin, start) - start, min(end, start + size) - start
+
+        def here(first: int, last: int, start: int = start) -> tuple[Array, Array]:
+            part = slice(start + first - span.begin, start + last - span.begin)
+            return total[part], out[part]
+
+        if (low, high) == (0, size):
+            yield _Piece(*here(0, size), Place(streams, block * PAIRS, pairs))
+            continue
+        for row, (first, last) in enumerate(((low, min(high, pairs)), (max(low, pairs), high))):
+            if first < last:
+                pair = first - row * pairs
+                skip = pair % ALIGNMENT
+                place = Place(streams, block * PAIRS + pair - skip, last - first + skip)
+                yield _Piece(*here(first, last), place, row, skip)
 
 
 def _batches(pieces: Iterable[_Piece]) -> list[list[_Piece]]:
@@ -153,10 +201,8 @@ def _add(make: Callable[[int], Source], scale: float, batches: Iterable[list[_Pi
         pairs = sum(piece.place.pairs for piece in batch)
         if source is None or source.most_pairs < pairs:
             source = make(pairs)
-        for piece, noise in zip(batch, source.draw([piece.place for piece in batch])):
-            total, out = piece.total, piece.out
-            if total.size % 2:  # the last of the second row is one too many
-                noise = noise.reshape(-1)[: total.size]
+        for piece, drawn in zip(batch, source.draw([piece.place for piece in batch])):
+            total, out, noise = piece.total, piece.out, piece.of(drawn)
             noise += total.reshape(noise.shape)
             if noise.dtype == out.dtype:
                 np.multiply(noise, noise.dtype.type(scale), out=out.reshape(noise.shape))

@@ -43,7 +43,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dptrain.core.entropy import Key
-from dptrain.core.gaussian import ANGLES, BLOCK, FURTHER, RADII, Place
+from dptrain.core.gaussian import ANGLES, FURTHER, RADII, Place
 from dptrain.core.keystream import COUNTER_BYTES, Keystream, streams
 
 ACCURACY = 2.0**-46
@@ -92,7 +92,7 @@ class RoundedGaussians:
         self._long.prec = _PRECISION
 
     def draw(self, places: list[Place]) -> list[npt.NDArray[np.int64]]:
-        """The numbers of each place, ``[2, pairs]``, by rows; of an odd ``size`` the last is one too many.
+        """The numbers of each place, ``[2, pairs]``: the first of each pair, then the second.
 
         They lie in scratch memory: use them before the next call.
         """
@@ -102,7 +102,7 @@ class RoundedGaussians:
         for row, which in zip(words, (RADII, ANGLES)):
             buffer = row.data.cast("B")
             for place, begin, end in zip(places, ends, ends[1:]):
-                first = place.streams[which] + place.block * (BLOCK // 2) * 8 // COUNTER_BYTES
+                first = place.streams[which] + place.first * 8 // COUNTER_BYTES
                 self._source.fill(buffer[8 * begin : 8 * end], first)
         numbers = self._numbers[: 2 * pairs].reshape(2, pairs)
         doubtful = np.nonzero(self._fast(words, numbers))
@@ -150,7 +150,7 @@ class RoundedGaussians:
         """The bits of u and of v that follow their first 64."""
         size = _FURTHER_BITS // 8
         bits = bytearray(2 * size)
-        counter = (place.block * (BLOCK // 2) + pair) * _COUNTERS
+        counter = (place.first + pair) * _COUNTERS
         self._source.fill(memoryview(bits), place.streams[FURTHER] + counter)
         return int.from_bytes(bits[:size], "little"), int.from_bytes(bits[size:], "little")
 

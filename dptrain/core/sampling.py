@@ -18,6 +18,9 @@ from dptrain.core.spec import Sampling
 Indices = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
+_MARKED = 32
+"""Up to how many of a population, for each that is wanted, a subset is drawn by marking."""
+
 
 @dataclass(frozen=True, eq=False)
 class PhysicalBatch:
@@ -117,20 +120,73 @@ def uniform_subset(rng: np.random.Generator, population: int, size: int) -> Indi
     if not 0 <= size <= population:
         raise ValueError(f"a subset of {size} out of {population} does not exist.")
     if size > population // 2:
-        kept = np.ones(population, dtype=np.bool_)
-        kept[uniform_subset(rng, population, population - size)] = False
-        return np.flatnonzero(kept).astype(np.int64, copy=False)
+        return np.flatnonzero(~_marked(rng, population, population - size))
+    # Both ways make the same draws, so they find the same subset; marking is the faster, until
+    # the marks outgrow the indices.
+    if population <= _MARKED * size:
+        return np.flatnonzero(_marked(rng, population, size))
     seen = np.empty(0, dtype=np.int64)
     # Never drawing more than are missing keeps the stopping rule exact: nothing that
     # was drawn is ever thrown away for being surplus.
     while missing := size - len(seen):
-        drawn = rng.integers(population, size=missing, dtype=np.int64)
-        seen = np.unique(np.concatenate((seen, drawn)))
+        drawn = np.sort(rng.integers(population, size=missing, dtype=np.int64))
+        seen = np.sort(np.concatenate((seen, drawn)), kind="stable")  # which merges what is in order
+        seen = seen[np.diff(seen, prepend=-1) > 0]
     return seen
 
 
-def physical_batches(indices: Indices, physical_batch_size: int) -> Iterator[PhysicalBatch]:
-    """Cut a logical batch into physical batches of one shape.
+def _marked(rng: np.random.Generator, population: int, size: int) -> Mask:
+    """A uniformly random subset as marks, bool [population], drawn as in `uniform_subset`."""
+    marked = np.zeros(population, dtype=np.bool_)
+    while missing := size - np.count_nonzero(marked):
+        marked[rng.integers(population, size=missing, dtype=np.int64)] = True
+    return marked
+
+
+def share(indices: Indices, rank: int, ranks: int) -> Indices:
+    """A rank's part of a logical batch that every rank has drawn from the same key and step.
+
+    No rank asks another: the union over ranks is the one sample, so its law does not depend
+    on their number. Positions of the sample are dealt in turn, which balances the parts to
+    within one example, and rank 0 has the most.
+
+    Args:
+        indices: int64 [n].
+        rank: in [0, `ranks`).
+
+    Returns:
+        int64 [⌊n / ranks⌋ or ⌈n / ranks⌉], in the order of `indices`.
+
+    Raises:
+        ValueError: a rank that does not exist.
+    """
+    ranks = checks.whole("ranks", ranks)
+    rank = checks.whole("rank", rank, minimum=0)
+    if rank >= ranks:
+        raise ValueError(f"rank {rank} does not exist among {ranks}; ranks count from 0.")
+    return np.asarray(indices, dtype=np.int64)[rank::ranks]
+
+
+def physical_batch_count(examples: int, physical_batch_size: int, ranks: int = 1) -> int:
+    """The physical batches that each rank runs for a logical batch: as many as any needs.
+
+    Args:
+        examples: n, of the whole logical batch, dealt to the ranks by `share`.
+        physical_batch_size: P, in rows of one rank.
+
+    Returns:
+        ⌈⌈n / ranks⌉ / P⌉, and 1 for an empty logical batch.
+    """
+    examples = checks.whole("examples", examples, minimum=0)
+    rows = checks.whole("physical_batch_size", physical_batch_size)
+    # Rounding up twice is rounding up once by the product.
+    return max(1, -(-examples // (rows * checks.whole("ranks", ranks))))
+
+
+def physical_batches(
+    indices: Indices, physical_batch_size: int, *, count: int | None = None
+) -> Iterator[PhysicalBatch]:
+    """Cut a logical batch, or a rank's share of one, into physical batches of one shape.
 
     Their number is ⌈n / P⌉, and one for an empty logical batch: it holds only padding,
     for a step without examples still adds noise.
@@ -138,13 +194,24 @@ def physical_batches(indices: Indices, physical_batch_size: int) -> Iterator[Phy
     Args:
         indices: int64 [n].
         physical_batch_size: P, at least 1.
+        count: how many batches to make, where it is `physical_batch_count` of all ranks that
+            decides; those beyond the examples hold only padding.
 
     Yields:
-        Batches of P rows; only the last is padded.
+        Batches of P rows, padded after the last example.
+
+    Raises:
+        ValueError: `count` batches cannot hold the examples.
     """
     rows = checks.whole("physical_batch_size", physical_batch_size)
     indices = np.asarray(indices, dtype=np.int64)
-    for start in range(0, max(len(indices), 1), rows):
+    count = physical_batch_count(len(indices), rows) if count is None else checks.whole("count", count)
+    if len(indices) > count * rows:
+        raise ValueError(
+            f"{len(indices)} examples do not fit into {count} physical batches of {rows}; "
+            "take the count from physical_batch_count."
+        )
+    for start in range(0, count * rows, rows):
         part = indices[start : start + rows]
         padded = np.zeros(rows, dtype=np.int64)
         padded[: len(part)] = part

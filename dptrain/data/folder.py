@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, default_collate
 from torchvision.datasets import ImageFolder
-from torchvision.transforms.v2 import functional
 
-from dptrain.core.files import MIB, Unreadable, size_of
-from dptrain.core.printable import reason
+from dptrain.data.decode import DEFAULT_IMAGE_SIZE, check_header, decode
 from dptrain.data.preprocess import Preprocess
 from dptrain.data.protocol import Batch, DataError, blank
 
-DEFAULT_IMAGE_SIZE = 224
 PREFETCH_BATCHES = 4
 TEST_FOLDERS = ("test", "val")
-FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""What is decoded, whatever a file's name says: others can do more than hold an image (EPS is a program)."""
-LARGEST = 512 * MIB
-MOST_PIXELS = 2**26
-"""Of one image: a small file may unpack to any number."""
 
 
 class _Decoder(torch.utils.data.Dataset):
@@ -128,54 +117,6 @@ class _Lists:
 
     def __iter__(self) -> Iterator[list[int]]:
         return (batch.tolist() for batch in self._indices)
-
-
-def decode(path: str, image_size: int) -> torch.Tensor:
-    """The centre square of an image file, resized: [3, image_size, image_size] uint8."""
-    with _readable(path), _open(path) as file:
-        width, height = file.size
-        side = min(width, height)
-        left, top = round((width - side) / 2), round((height - side) / 2)  # cut first: the rest costs nothing
-        image = functional.pil_to_tensor(file.crop((left, top, left + side, top + side)).convert("RGB"))
-    return square(image, image_size)
-
-
-def check_header(path: str) -> None:
-    """Refuse what does not begin like an image, or announces one that is too large. Nothing is decoded."""
-    with _readable(path), _open(path):
-        pass
-
-
-def _open(path: str) -> Image.Image:
-    size_of(path, LARGEST)
-    file = Image.open(path, formats=FORMATS)
-    width, height = file.size
-    if not 0 < width * height <= MOST_PIXELS:
-        file.close()
-        raise Unreadable(f"has {width} x {height} pixels, and at most {MOST_PIXELS:,} are ever decoded")
-    return file
-
-
-@contextmanager
-def _readable(path: str) -> Iterator[None]:
-    """Whatever a decoder of damaged bytes raises or warns of is one sentence."""
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    except Unreadable as error:
-        raise DataError(f"{path} {error}; make it smaller, repair or remove it.") from error
-    except UnidentifiedImageError as error:
-        raise DataError(
-            f"{path} is not a readable image of a known format ({', '.join(FORMATS)}); repair or remove it."
-        ) from error
-    except Exception as error:
-        raise DataError(f"{path} is not a readable image ({reason(error)}); repair or remove it.") from error
-
-
-def square(image: torch.Tensor, size: int) -> torch.Tensor:
-    """The centre square of an image [C, H, W] uint8, resized: [C, size, size] uint8."""
-    side = min(image.shape[-2:])
-    return functional.resize(functional.center_crop(image, [side, side]), [size, size], antialias=True)
 
 
 def scan(root: Path) -> tuple[list[str], list[tuple[str, int]], list[tuple[str, int]]]:

@@ -12,7 +12,7 @@ import torch
 from torchvision.transforms.v2 import functional
 
 from dptrain.core.printable import reason
-from dptrain.data.folder import DEFAULT_IMAGE_SIZE, square
+from dptrain.data.decode import DEFAULT_IMAGE_SIZE, square
 from dptrain.data.preprocess import Preprocess
 from dptrain.data.protocol import DataError, Dataset, Splits
 from dptrain.data.resident import ResidentImages

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from dptrain.data import cifar, digits, folder, idx
+from dptrain.data import cifar, digits, folder, idx, shards
+from dptrain.data.decode import DEFAULT_IMAGE_SIZE
 from dptrain.data.huggingface import PREFIX, Columns, Tokenization, load_huggingface
 from dptrain.data.preprocess import Preprocess
 from dptrain.data.protocol import DataError, Splits
@@ -36,8 +37,8 @@ def load(
 ) -> Splits:
     """Train and test splits of a data set.
 
-    name: one of `NAMES`; the path of an image folder with train/ and test/ (or val/); or `hf:...`,
-    for which `columns` and `tokenization` are.
+    name: one of `NAMES`; the path of an image folder with train/ and test/ (or val/); `shards:...`, a folder
+    of files that are read by index; or `hf:...`, for which `columns` and `tokenization` are.
     data_dir: where archives lie (default: `default_data_dir()`); download: fetch what is missing.
     Raises DataError, with one sentence, for what is missing, truncated or wrong.
     """
@@ -47,6 +48,9 @@ def load(
         return load_huggingface(
             name, root, columns or Columns(), tokenization or Tokenization(), preprocess, device
         )
+    if name.startswith(shards.PREFIX):
+        label = columns.label if columns else None
+        return shards.load_shards(name, root, label, preprocess, device, workers)
     if name == "digits":
         return _resident(
             name,
@@ -62,10 +66,10 @@ def load(
     if path is None:
         raise DataError(
             f"There is no data set or image folder {name!r}; use one of {', '.join(NAMES)}, a "
-            "folder's path, or hf: and a name on the Hugging Face hub or a path."
+            "folder's path, hf: and a name on the Hugging Face hub or a path, or shards: and a path."
         )
     classes, train, test = folder.scan(path)
-    preprocess = replace(preprocess, image_size=preprocess.image_size or folder.DEFAULT_IMAGE_SIZE)
+    preprocess = replace(preprocess, image_size=preprocess.image_size or DEFAULT_IMAGE_SIZE)
     return Splits(
         folder.FolderImages(path.name, train, len(classes), preprocess, device, workers),
         folder.FolderImages(path.name, test, len(classes), preprocess, device, workers),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from jax import Array, lax
 
 from .clipped_sum import ClippedSum
 from .clipping import ClippedGrad
+from .on_mesh import PartialSum
 from .uses import accumulated
 
 
@@ -22,19 +23,20 @@ def accumulate(
 
     A pure function of fixed shapes: one compilation serves every logical batch that fits the buffer, and the
     parts without a real example are skipped. What does not fit goes into a second buffer, whose sum
-    is added: nothing is ever cut off.
+    is added: nothing is ever cut off. On a mesh each device goes through its own part of the buffer, and
+    parameters and sums travel once.
 
     Args:
         clipped: of ``loss_fn(params, example)``.
         batch: leaves ``[N, ...]``, N a multiple of the physical batch size.
         mask: bool ``[N]``.
-        physical_batch_size: examples computed at once.
+        physical_batch_size: examples computed at once, on all devices together.
 
     Returns:
         The sum; norms and losses are ``[N]``. ``aux`` is left out.
 
     Raises:
-        ValueError: N is no multiple of the physical batch size.
+        ValueError: N is no multiple of the physical batch size, or that none of the number of devices.
     """
     batch, mask = jax.tree.map(jnp.asarray, (batch, mask))
     size, rows = len(mask), physical_batch_size
@@ -42,6 +44,23 @@ def accumulate(
         raise ValueError(
             f"the buffer holds {size} examples, which is no multiple of the physical batch size, {rows}."
         )
+    if (spread := clipped.on_mesh) is None:
+        return _in_turns(lambda *args, mask: clipped(*args, mask=mask), params, batch, mask, rows)
+    own = spread.placement.local_rows(rows)
+    way = spread.way((params, jax.tree.map(lambda x: x[:rows], batch)))
+
+    def local(args: tuple, mask: Array) -> ClippedSum:
+        return _in_turns(lambda *args, mask: clipped.local(args, mask, way), *args, mask, own)
+
+    return spread.completed(spread.over_devices(local, (params, batch), mask))
+
+
+def _zeros(params: Any) -> Any:
+    return jax.tree.map(lambda p: jnp.zeros(p.shape, accumulated(p.dtype)), params)
+
+
+def _in_turns(clip: Callable, params: Any, batch: Any, mask: Array, rows: int) -> ClippedSum:
+    size = len(mask)
     parts = jax.tree.map(lambda x: x.reshape(size // rows, rows, *x.shape[1:]), (batch, mask))
     live = jnp.any(parts[1], 1)
     order = jnp.argsort(~live, stable=True)  # those with real examples first
@@ -50,12 +69,12 @@ def accumulate(
         grads, norms, losses = total
         here = order[i]
         part, part_mask = jax.tree.map(lambda x: x[here], parts)
-        out = clipped(params, part, mask=part_mask)
+        out = clip(params, part, mask=part_mask)
         grads = jax.tree.map(jnp.add, grads, out.grads)
         return grads, norms.at[here].set(out.norms), losses.at[here].set(out.losses)
 
     part = jax.tree.map(lambda x: x[0], parts)
-    like = jax.eval_shape(lambda: clipped(params, part[0], mask=part[1]))
+    like = jax.eval_shape(lambda: clip(params, part[0], mask=part[1]))
     nothing = [jnp.zeros((size // rows, *x.shape), x.dtype) for x in (like.norms, like.losses)]
     start = (jax.tree.map(lambda g: jnp.zeros(g.shape, g.dtype), like.grads), *nothing)
     grads, norms, losses = lax.fori_loop(0, jnp.sum(live), turn, start)
@@ -65,41 +84,56 @@ def accumulate(
 class Accumulator:
     """The sum of a logical batch whose physical batches come from the host, compiled once.
 
-    Holds one set of gradients, which every batch is added to in place.
+    Holds one set of gradients, which every batch is added to in place. On a mesh each device holds its own,
+    and they are added up once, by ``finish``; with ``shard_params`` each holds a shard, to which the
+    gradients of all devices are added after each physical batch.
     """
 
     def __init__(self, clipped: ClippedGrad):
         self.clipped = clipped
+        spread = clipped.on_mesh
 
-        def add(total: Any, args: tuple, mask: Array) -> ClippedSum:
-            out = clipped(*args, mask=mask)
+        def add(total: Any, args: tuple, mask: Array) -> ClippedSum | PartialSum:
+            out = clipped(*args, mask=mask) if spread is None else spread.partial(args, mask)
             return replace(out, grads=jax.tree.map(jnp.add, total, out.grads))
 
         self._add = jax.jit(add, donate_argnums=0)
-        self._zeros = jax.jit(
-            lambda params: jax.tree.map(lambda p: jnp.zeros(p.shape, accumulated(p.dtype)), params)
-        )
+        self._finish = None if spread is None else jax.jit(spread.placement.complete, donate_argnums=0)
+        zeros = _zeros if spread is None else spread.placement.zeros
+        self._zeros = jax.jit(lambda params: zeros(params))
 
     def __call__(self, params: Any, batches: Iterable[tuple[Any, Any]]) -> ClippedSum:
         """The clipped sum of ``(batch, mask)`` pairs, all of one shape; norms and losses are not kept."""
         total = self.zeros(params)
         for batch, mask in batches:
             total = self.add(total, params, batch, mask=mask).grads
-        none = jnp.zeros(0)
-        return ClippedSum(total, none, none, None, self.clipped.bound)
+        return self.finish(total)
 
     def zeros(self, params: Any) -> Any:
         """The sum of no examples."""
-        return self._zeros(params)
+        spread = self.clipped.on_mesh
+        return self._zeros(params if spread is None else spread.placement.put_params(params))
 
-    def add(self, total: Any, *args: Any, mask: Any) -> ClippedSum:
+    def add(self, total: Any, *args: Any, mask: Any) -> ClippedSum | PartialSum:
         """The sum of ``total`` and a physical batch, with the norms and losses of the batch.
 
         Args:
             total: of ``zeros``, or the gradients of an earlier sum; its buffers are taken.
             args, mask: as ``ClippedGrad`` takes them.
         """
-        return self._add(total, args, jnp.asarray(mask))
+        if self.clipped.on_mesh is None:
+            return self._add(total, args, jnp.asarray(mask))
+        return self._add(total, *self.clipped.checked(args, mask))
+
+    def finish(self, total: Any) -> ClippedSum:
+        """The sum of a logical batch.
+
+        Args:
+            total: the gradients of the last ``add``; their buffers are taken.
+        """
+        none = jnp.zeros(0)
+        grads = total if self._finish is None else self._finish(total)
+        return ClippedSum(grads, none, none, None, self.clipped.bound)
 
     @property
     def compilations(self) -> int:

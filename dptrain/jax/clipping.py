@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 
 from dptrain.core import checks, methods
 from dptrain.core.methods import Method
@@ -21,6 +22,8 @@ from .call import Call
 from .capture import Capture
 from .clipped_sum import ClippedSum
 from .errors import Refused
+from .on_mesh import OnMesh
+from .placement import Placement, placement
 from .planner import Plan, is_worth_measuring, parts_to_try, routed
 from .program import written_out
 from .pullback import groups
@@ -39,6 +42,8 @@ def clipped_grad(
     allow_unused: bool = False,
     memory_budget: int | None = None,
     rows: int | None = None,
+    mesh: Mesh | None = None,
+    shard_params: bool = False,
 ) -> ClippedGrad:
     """A function from a physical batch to the sum of its clipped per-example gradients.
 
@@ -60,11 +65,14 @@ def clipped_grad(
         memory_budget: of ``auto``: bytes of scratch memory that a physical batch may take, by XLA's own
             account. Of the ways that fit the fastest is taken, or the smallest if none fits.
         rows: of ``auto``: examples computed at once, in place of what is fastest.
+        mesh: among whose devices the examples are divided, in equal parts; of any axes. Parameters, and what
+            else is the same for every example, lie on each of them, and the sum in shards.
+        shard_params: on a mesh: parameters lie in shards as well, and are put together for each batch.
 
     Raises:
-        TypeError: no function, or no number where one is needed.
-        ValueError: a clip norm below 1e-12 or not finite, an unknown method, or arguments that are both
-            parameters and data.
+        TypeError: no function, or no number or mesh where one is needed.
+        ValueError: a clip norm below 1e-12 or not finite, an unknown method, arguments that are both
+            parameters and data, or ``shard_params`` without a mesh.
     """
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function of (params, example), and is {checks.shown(loss_fn)}.")
@@ -85,7 +93,10 @@ def clipped_grad(
             raise ValueError(f"{option} is for method='auto', and not for {row.name!r}.")
         if value is not None:
             checks.whole(option, value)
-    return ClippedGrad(loss_fn, clip_norm, row, argnums, batched, has_aux, allow_unused, memory_budget, rows)
+    place = placement(mesh, shard_params)
+    return ClippedGrad(
+        loss_fn, clip_norm, row, argnums, batched, has_aux, allow_unused, memory_budget, rows, place
+    )
 
 
 class ClippedGrad:
@@ -102,11 +113,13 @@ class ClippedGrad:
         allow_unused: bool,
         memory_budget: int | None = None,
         rows: int | None = None,
+        place: Placement | None = None,
     ):
         self.loss_fn, self.clip_norm, self.method = loss_fn, clip_norm, method
         self.argnums, self.batched, self.has_aux = argnums, batched, has_aux
         self.allow_unused, self.memory_budget, self.rows = allow_unused, memory_budget, rows
-        self._compiled = jax.jit(self._clip)
+        self.on_mesh = None if place is None else OnMesh(self, place)
+        self._compiled = jax.jit(self.local if self.on_mesh is None else self.on_mesh.clip)
 
     def __call__(self, *args: Any, mask: Array | None = None) -> ClippedSum:
         """The clipped sum of one physical batch.
@@ -117,19 +130,25 @@ class ClippedGrad:
 
         Raises:
             ValueError: leaves of the batch with different numbers of examples, or parameters that are not
-                floating-point arrays.
+                floating-point arrays; or rows that cannot be divided among the devices of the mesh.
             Refused: parameters that the loss does not depend on.
         """
+        return self._compiled(*self.checked(args, mask))
+
+    def checked(self, args: tuple, mask: Any = None) -> tuple[tuple, Array]:
+        """The arguments and the mask of a call; on a mesh, where they belong."""
         for leaf in jax.tree.leaves(args):
             _array("a leaf of the arguments", leaf)
         size = self._batch_size(args)
+        if self.on_mesh is not None:
+            args, mask, size = self.on_mesh.placed(args, mask, size)
         mask = jnp.ones(size, bool) if mask is None else _array("the mask", mask)
         if mask.shape != (size,) or mask.dtype != bool:
             raise ValueError(
                 f"the mask must be bool of shape ({size},), one for each example, and is {mask.dtype} of "
                 f"shape {mask.shape}."
             )
-        return self._compiled(args, mask)
+        return args, mask
 
     @property
     def bound(self) -> float:
@@ -137,9 +156,19 @@ class ClippedGrad:
         return self.clip_norm if self.method.is_private else math.inf
 
     def plan(self, *args: Any) -> Plan:
-        """What would be done with these arguments, or with ``jax.ShapeDtypeStruct`` of their shapes."""
-        found: list[Plan] = []
-        jax.eval_shape(lambda args: found.append(self._planned(self._flat(args)[0])[0]), args)
+        """What would be done with these arguments, or with ``jax.ShapeDtypeStruct`` of their shapes; on a
+        mesh, by each device."""
+        return self._look(args if self.on_mesh is None else self.on_mesh.shapes(args))[0]
+
+    def way(self, args: tuple) -> str:
+        """The name of what is fastest with such arguments, for ``local``."""
+        if self.method.capture is not methods.Capture.PLANNED:
+            return "whole"
+        return self._look(args)[2]
+
+    def _look(self, args: tuple) -> tuple[Plan, Callable, str]:
+        found: list[tuple] = []
+        jax.eval_shape(lambda args: found.append(self._planned(self._flat(args)[0])), args)
         return found[0]
 
     def _batch_size(self, args: Sequence[Any]) -> int:
@@ -160,9 +189,10 @@ class ClippedGrad:
             raise ValueError("a batch needs at least one row: pass any row, and a mask that is False for it.")
         return size
 
-    def _clip(self, args: tuple, mask: Array) -> ClippedSum:
+    def local(self, args: tuple, mask: Array, way: str | None = None) -> ClippedSum:
+        """What one device does with its rows: ``way`` says how, or it is looked for."""
         call, tree, aux_tree = self._flat(args)
-        _, step = self._planned(call)
+        _, step, _ = self._planned(call, way)
         call = replace(call, data=_stand_ins(call.data, mask))
         sums, norms, losses, aux = step(call, mask)
         grads = jax.tree.unflatten(tree, sums)
@@ -219,8 +249,8 @@ class ClippedGrad:
         call = Call(parameters, data, others, loss, names)
         return call, trees[self.argnums][1], lambda: aux_trees[0]
 
-    def _planned(self, call: Call) -> tuple[Plan, Callable]:
-        """The plan, and the function ``(call, mask) -> (sums, norms, losses, aux)`` that follows it."""
+    def _planned(self, call: Call, way: str | None = None) -> tuple[Plan, Callable, str]:
+        """The plan, what follows it, ``(call, mask) -> (sums, norms, losses, aux)``, and the way's name."""
         capture, size = self.method.capture, call.size
         closed = self._traced(call)
         n, m = len(call.parameters), len(call.data)
@@ -228,9 +258,9 @@ class ClippedGrad:
         divided = split(program, program.inputs[:n], program.inputs[n : n + m])
         found = Capture(divided)
         self._check_coverage(call, found)
-        looped = Plan(methods.Capture.LOOP, 1), baselines.looped(self.clip_norm)
+        looped = Plan(methods.Capture.LOOP, 1), baselines.looped(self.clip_norm), "loop"
         if capture is methods.Capture.NONE:
-            return Plan(capture, size), baselines.non_private
+            return Plan(capture, size), baselines.non_private, "whole"
         if capture is methods.Capture.LOOP:
             return looped
         if draws_together(closed):
@@ -241,7 +271,7 @@ class ClippedGrad:
                 "first example's key: use threefry keys, or method='per-example-loop'."
             )
         if capture is methods.Capture.VMAP:
-            return Plan(capture, size), baselines.vectorised(self.clip_norm)
+            return Plan(capture, size), baselines.vectorised(self.clip_norm), "whole"
         used = dict.fromkeys([use.value for use in found.uses] + list(found.direct))
         grouped = groups(divided, used)
         if rounding := next((g.rounds for g in grouped if g.rounds), None):
@@ -257,12 +287,13 @@ class ClippedGrad:
         ways = {"whole": (by_uses, ByUses(found, by_uses, self.clip_norm))}
         measured = self.memory_budget is not None or is_worth_measuring(routes, size)
         if capture is methods.Capture.PLANNED and self.rows is None and measured:
-            ways["loop"] = looped
+            ways["loop"] = looped[:2]
             for rows in parts_to_try(size):
                 plan = replace(by_uses, rows=rows)
                 ways[f"rows {rows}"] = plan, ByUses(found, plan, self.clip_norm)
-            return ways[self._fastest(call, closed, ways)]
-        return ways["whole"]
+            way = way or self._fastest(call, closed, ways)
+        way = way or "whole"
+        return *ways[way], way
 
     def _fastest(self, call: Call, closed: Any, ways: dict[str, tuple[Plan, Callable]]) -> str:
         # The loss closes over values of a function that is being traced, or does more than to compute.

@@ -1,13 +1,12 @@
 """Gaussian noise, once per logical step, in float32 or better.
 
 On a CPU it comes from the cipher of ``core/noise.py``, which is faster there than JAX's generator: the same
-key and names give the same noise as in PyTorch. On other devices it is drawn where the sums lie, sharded
-as they are.
+key and names give the same noise as in PyTorch. On other devices and on meshes it is drawn where the sums
+lie: each device draws its own shards, which are the same however many there are.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from typing import Any
 
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding
 
 from dptrain.core import noise as on_host
 from dptrain.core.entropy import Key
@@ -38,15 +38,19 @@ def noisy_mean(sums: Any, noise_stddev: float, batch_size: float, key: Key, dona
     for leaf in jax.tree.leaves(sums):
         if accumulated(leaf.dtype) != leaf.dtype:
             raise TypeError(f"noise would be drawn in {leaf.dtype}: float32 at least.")
-    if all(_is_on_one_cpu(leaf) for leaf in jax.tree.leaves(sums)):
+    if all(_is_on_a_cpu_by_itself(leaf) for leaf in jax.tree.leaves(sums)):
         return _from_the_cipher(sums, noise_stddev, batch_size, key)
     draw = _drawn_donated if donate else _drawn
-    return draw(sums, noise_key(key), noise_stddev, batch_size)
+    # Whoever has switched it off would have each device draw the whole of a leaf for the sake of its shard.
+    with jax.threefry_partitionable(True):
+        return draw(sums, noise_words(key), noise_stddev, batch_size)
 
 
-def _is_on_one_cpu(x: Array) -> bool:
+def _is_on_a_cpu_by_itself(x: Array) -> bool:
+    """A mesh of one device draws what a mesh of many draws."""
     devices = x.devices()
-    return len(devices) == 1 and next(iter(devices)).platform == "cpu"
+    one = len(devices) == 1 and not isinstance(x.sharding, NamedSharding)
+    return one and next(iter(devices)).platform == "cpu"
 
 
 def _from_the_cipher(sums: Any, stddev: float, batch_size: float, key: Key) -> Any:
@@ -74,15 +78,15 @@ def unique_names(paths: list) -> list[str]:
     return [f"{name} {number}" for number, name in enumerate(names)]
 
 
-def noise_key(key: Key) -> Array:
-    """JAX's key for this key: threefry's, which holds 64 bits."""
-    words = np.frombuffer(key.cipher_key()[:8], dtype=np.uint32)
-    return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
+def noise_words(key: Key) -> np.ndarray:
+    """The data of JAX's key for this key: threefry's, which holds 64 bits."""
+    return np.frombuffer(key.cipher_key()[:8], dtype=np.uint32)
 
 
-def _noisy(sums: Any, key: Array, noise_stddev: Array, batch_size: Array) -> Any:
+def _noisy(sums: Any, words: Array, noise_stddev: Array, batch_size: Array) -> Any:
     """Each leaf has a key of its own and each element a place in its stream, so that the noise of a sharded
     leaf is the same on any number of devices, and each draws its own shard."""
+    key = jax.random.wrap_key_data(words, impl="threefry2x32")
     leaves, tree = jax.tree.flatten(sums)
     drawn = [
         (total + noise_stddev * gaussian(jax.random.fold_in(key, i), total.shape, total.dtype)) / batch_size
@@ -97,18 +101,16 @@ _drawn_donated = jax.jit(_noisy, donate_argnums=0)
 
 
 def gaussian(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
-    """Standard normal numbers by the transform of Box and Muller (1958).
+    """Standard normal numbers by the transform of Box and Muller (1958), each from bits of its own place.
 
-    The radius comes from 64 random bits, of which the lower 32 count only where the upper ones are few: so
-    it ends at sqrt(-2 ln 2^-65) = 9.49, where ``jax.random.normal`` in float32, from 23 bits, ends
-    at 5.4. What that means for delta is in docs/noise.md.
+    Of the two numbers that the transform gives, only the cosine's is used: the other's place may be on
+    another device. The radius comes from 64 random bits, of which the lower 32 count only where the upper
+    ones are few: so it ends at sqrt(-2 ln 2^-65) = 9.49, where ``jax.random.normal`` in float32, from 23
+    bits, ends at 5.4. What that means for delta is in docs/noise.md.
     """
-    size = math.prod(shape)
-    pairs = (size + 1) // 2
     upper, lower, angle = (
-        jax.random.bits(k, (pairs,), jnp.uint32).astype(dtype) for k in jax.random.split(key, 3)
+        jax.random.bits(k, shape, jnp.uint32).astype(dtype) for k in jax.random.split(key, 3)
     )
     radius = jnp.sqrt(-2 * jnp.log(upper * 2.0**-32 + (lower * 2.0**-64 + 2.0**-65)))
     turn = 2 * jnp.pi * (angle * 2.0**-32)
-    both = jnp.concatenate([radius * jnp.cos(turn), radius * jnp.sin(turn)])
-    return both[:size].reshape(shape)
+    return radius * jnp.cos(turn)

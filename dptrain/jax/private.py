@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from dptrain.core import checks
 from dptrain.core.entropy import Key
@@ -16,9 +18,12 @@ from dptrain.core.mechanism import Mechanism
 from dptrain.core.release import Step, check_dataset_size
 from dptrain.core.releases import NotTheSame, Releases, releases_of
 from dptrain.core.sampling import LogicalSampler, PhysicalBatch, physical_batches
+from dptrain.core.shared_releases import SharedReleases
 
 from .accumulate import Accumulator
 from .clipping import clipped_grad
+from .hosts import Processes, check_the_same
+from .placement import Placement, placement
 from .release import PrivateGradient, private, privatize, refuse_grid
 
 
@@ -40,21 +45,31 @@ class PrivateTraining:
         physical_batch_size: int,
         method: str,
         masked: bool,
-        releases: Releases,
+        releases: Releases | SharedReleases,
         taken: int,
+        place: Placement | None = None,
     ):
-        self.params, self.mechanism = jax.tree.map(jax.numpy.array, params), mechanism
-        self.physical_batch_size, self.masked = physical_batch_size, masked
-        self.accumulator = Accumulator(clipped_grad(loss_fn, clip_norm=mechanism.clip_norm, method=method))
+        self.mechanism, self.physical_batch_size, self.masked = mechanism, physical_batch_size, masked
+        options = {} if place is None else {"mesh": place.mesh, "shard_params": place.shard_params}
+        clipped = clipped_grad(loss_fn, clip_norm=mechanism.clip_norm, method=method, **options)
+        self.accumulator = Accumulator(clipped)
         chain = private(optimizer)
-        self.optimizer_state = chain.init(self.params)
-        self._data, self._releases, self._taken = dataset, releases, taken
+        self._data, self._releases, self._taken, self._place = dataset, releases, taken, place
 
         def apply(params: Any, state: Any, gradient: PrivateGradient) -> tuple:
             updates, state = chain.update(gradient, state, params)
             return optax.apply_updates(params, updates), state
 
-        self._apply = jax.jit(apply, donate_argnums=(0, 1))
+        if place is None:
+            self.params = jax.tree.map(jax.numpy.array, params)
+            self.optimizer_state = chain.init(self.params)
+            self._apply = jax.jit(apply, donate_argnums=(0, 1))
+        else:
+            self.params = place.copied(params)
+            shards = place.on_mesh(place.shards(jax.eval_shape(chain.init, self.params)))
+            self.optimizer_state = jax.jit(chain.init, out_shardings=shards)(self.params)
+            where = place.on_mesh(place.params(self.params)), shards
+            self._apply = jax.jit(apply, donate_argnums=(0, 1), out_shardings=where)
 
     @property
     def taken(self) -> int:
@@ -69,6 +84,9 @@ class PrivateTraining:
     def steps(self) -> Iterator[Step]:
         """Train: one item per logical step, ends after ``mechanism.steps`` releases."""
         total, known = self.mechanism.steps, self.mechanism.delta is not None
+        if self._place is not None:  # what was saved may have been put in place of the first ones
+            self.params = self._place.put_params(self.params)
+            self.optimizer_state = self._place.put_shards(self.optimizer_state)
         while self._releases.may_go_on(self._taken):
             spec = self.mechanism.step(self._taken)
             clipped = self.accumulator(self.params, self._batches(spec))
@@ -86,7 +104,13 @@ class PrivateTraining:
 
     def _batches(self, spec: Any) -> Iterator[tuple[Any, np.ndarray]]:
         sampler = LogicalSampler(examples(self._data), spec.sampling, self._releases.key.child("sampling"))
-        for piece in physical_batches(sampler.sample(self._taken), self.physical_batch_size):
+        place, size = self._place, self.physical_batch_size
+        if place is not None:
+            size *= place.devices
+        for piece in physical_batches(sampler.sample(self._taken), size):
+            if place is not None:
+                own = place.own_rows(size)
+                piece = PhysicalBatch(piece.indices[own], piece.mask[own])
             if not self.masked and piece.mask.any():
                 piece = PhysicalBatch(piece.indices[piece.mask], piece.mask[piece.mask])
             yield gather(self._data, piece.indices), piece.mask
@@ -125,6 +149,8 @@ def make_private(
     key: Key | None = None,
     ledger: Ledger | None = None,
     taken: int = 0,
+    mesh: Mesh | None = None,
+    shard_params: bool = False,
 ) -> PrivateTraining:
     """Train parameters with an optax optimizer under differential privacy.
 
@@ -135,7 +161,7 @@ def make_private(
         dataset: a tree of arrays with the examples on the leading axis, or anything with ``len`` whose items
             are examples.
         mechanism: what is promised; its steps are taken and no more.
-        physical_batch_size: examples computed at once.
+        physical_batch_size: examples computed at once, by each device.
         method: clipping method.
         masked: fill the last physical batch up and mask what is too many, so that one compilation serves the
             whole run. Without, each new size is compiled: the naive way, kept for comparison.
@@ -146,6 +172,12 @@ def make_private(
             into ``optimizer_state``). What the ledger has beyond them is lost, and paid for: with a key of
             one's own it is repeated if it comes out the same bit for bit, else drawn afresh, and the
             training ends earlier.
+        mesh: on whose devices to train. The sample and its noise do not depend on their number. Noisy
+            gradients and the optimizer's state lie in shards, parameters on each device. In several processes
+            (``jax.distributed``), each passes the same, but the ledger, and the key that counts, are
+            those of process 0: the others learn the key from it and pass no ledger. Each reads the
+            examples of its own devices.
+        shard_params: the parameters lie in shards as well.
 
     Raises:
         TypeError, ValueError: in one sentence, before any budget is spent.
@@ -166,9 +198,32 @@ def make_private(
     (size,) = sizes
     refuse_grid(mechanism)
     check_dataset_size(mechanism, size)
+    if mesh is not None and not masked:
+        raise ValueError("masked=False is for one device: on a mesh all have batches of one shape.")
+    place = placement(mesh, shard_params)
     # No batch is ever larger.
-    physical_batch_size = min(checks.whole("physical_batch_size", physical_batch_size), size)
-    releases = releases_of(mechanism, ledger, key, taken)
+    most = size if place is None else -(-size // place.devices)
+    physical_batch_size = min(checks.whole("physical_batch_size", physical_batch_size), most)
+    releases: Releases | SharedReleases
+    if place is not None and place.has_others:
+        said = zlib.crc32(repr((mechanism, method, shard_params)).encode())
+        check_the_same(
+            "sizes of data set and physical batch, steps taken and mechanism (a checksum of it)",
+            (size, physical_batch_size, taken, said),
+        )
+        releases = SharedReleases(lambda: releases_of(mechanism, ledger, key, taken), Processes())
+    else:
+        releases = releases_of(mechanism, ledger, key, taken)
     return PrivateTraining(
-        loss_fn, params, optimizer, dataset, mechanism, physical_batch_size, method, masked, releases, taken
+        loss_fn,
+        params,
+        optimizer,
+        dataset,
+        mechanism,
+        physical_batch_size,
+        method,
+        masked,
+        releases,
+        taken,
+        place,
     )

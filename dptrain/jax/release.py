@@ -19,6 +19,7 @@ from dptrain.core.mechanism import Mechanism
 from dptrain.core.release import step_to_release
 from dptrain.core.spec import StepSpec
 
+from . import hosts
 from .clipped_sum import ClippedSum
 from .noise import noisy_mean
 
@@ -54,9 +55,9 @@ class PrivateGradient:
         return PrivateGradient(function(self.grads), self.spec, self.reproducible, _DOOR)
 
     def on_host(self) -> dict[str, np.ndarray]:
-        """By path in the tree, as NumPy arrays."""
+        """By path in the tree, as NumPy arrays; where several processes have shards, all must call it."""
         leaves, _ = jax.tree_util.tree_flatten_with_path(self.grads)
-        return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+        return {jax.tree_util.keystr(path): hosts.gathered(leaf) for path, leaf in leaves}
 
     def tree_flatten(self) -> tuple:
         return (self.grads,), (self.spec, self.reproducible)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.distributed as dist
 from torch import nn, optim
 
 MOMENTUM = 0.9
@@ -20,11 +21,16 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 def build_optimizer(
-    name: str, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0
+    name: str,
+    parameters: Iterable[nn.Parameter],
+    lr: float,
+    weight_decay: float = 0.0,
+    shared: dist.ProcessGroup | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer called `name`, over the parameters that require gradients.
 
-    momentum: SGD with momentum 0.9. weight_decay: as torch applies it (decoupled in adamw).
+    momentum: SGD with momentum 0.9. weight_decay: as torch applies it (decoupled in adamw). shared: ranks of
+    which each keeps the state of some parameters, updates those and sends them to the others (ZeRO-1).
 
     On CPUs and CUDA devices it is torch's fused one, which passes over memory once: on two CPU
     cores AdamW takes a fraction of the time (`results/cpu-noise.json`). `dptrain.torch.apply` gives
@@ -34,4 +40,9 @@ def build_optimizer(
         raise ValueError(f"There is no optimizer {name!r}; choose from {', '.join(OPTIMIZERS)}.")
     chosen = [parameter for parameter in parameters if parameter.requires_grad]
     fused = all(p.is_floating_point() and p.device.type in _FUSED for p in chosen)
-    return OPTIMIZERS[name](chosen, lr=lr, weight_decay=weight_decay, fused=fused or None)
+    options = {"lr": lr, "weight_decay": weight_decay, "fused": fused or None}
+    if shared is None:
+        return OPTIMIZERS[name](chosen, **options)
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    return ZeroRedundancyOptimizer(chosen, OPTIMIZERS[name], process_group=shared, **options)

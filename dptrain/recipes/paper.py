@@ -297,5 +297,6 @@ def predicted(scale: Scale, records: Records | None) -> dict[str, Any]:
             "the paper's": found["paper_private_efficiency"],
             "effective bandwidth between nodes (bytes/s)": found["effective_bandwidth_bytes_per_s"],
         },
+        "dptrain": found["dptrain"],
         "variants": found["variants"],
     }

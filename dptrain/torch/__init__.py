@@ -8,12 +8,15 @@
 ``check`` says what would be done with a model and whether it is exact.
 """
 
+from dptrain.core.team import RankLost
+
 from .check import CheckReport, check
 from .clipped_sum import ClippedSum
 from .clipping import ClippedGrad, clipped_grad
 from .convert import ConversionReport, convert
 from .errors import Refused
 from .private import PrivateTraining, make_private
+from .ranks import Ranks
 from .release import PrivateGradient, apply, privatize
 
 __all__ = [
@@ -23,6 +26,8 @@ __all__ = [
     "ConversionReport",
     "PrivateGradient",
     "PrivateTraining",
+    "RankLost",
+    "Ranks",
     "Refused",
     "apply",
     "check",

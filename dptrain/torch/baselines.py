@@ -12,11 +12,17 @@ from dptrain.core.methods import Capture, Method
 
 from .bookkeeping import clip_factors, total_of
 from .clipped_sum import owned
-from .errors import Refused, is_final
+from .errors import refusing
 from .full_precision import full_precision
 from .guards import check_losses
 from .on_grid import GridSums
 from .uses.base import squared_norm, weighted_sum, widen
+
+NOT_ALONE = (
+    "the model cannot compute an example by itself, as a batch of one ({}): see that the leading axis of "
+    "every tensor counts the examples."
+)
+NO_VMAP = "per-example-vmap cannot transform this model ({}): use method='auto'."
 
 Result = tuple[dict[str, Tensor], Tensor, Tensor]  # grads, norms [B], losses [B]
 
@@ -41,7 +47,7 @@ def one_by_one(model, loss_fn, parameters, batch, mask, batch_size, clip_norm, g
     total = {n: torch.zeros_like(widen(p.detach())) for n, p in parameters.items()} if grid is None else {}
     norms, losses = [], []
     for b in range(batch_size):
-        with torch.enable_grad():
+        with torch.enable_grad(), refusing(NOT_ALONE):
             loss = loss_fn(model, _rows(batch, b, b + 1))
         check_losses(loss, 1)
         found = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
@@ -84,18 +90,9 @@ def vectorised(model, loss_fn, parameters, batch, mask, batch_size, clip_norm, g
         check_losses(out, 1)
         return out.squeeze(0), out.squeeze(0)
 
-    try:
-        transform = torch.func.vmap(
-            torch.func.grad(one, has_aux=True), in_dims=(None, 0), randomness="different"
-        )
-        with torch.no_grad():  # for a batch that asks for gradients of its own
-            grads, losses = transform(mine, batch)
-    except Exception as error:
-        if is_final(error):
-            raise
-        raise Refused(
-            f"per-example-vmap cannot transform this model ({error}): use method='auto'."
-        ) from error
+    transform = torch.func.vmap(torch.func.grad(one, has_aux=True), in_dims=(None, 0), randomness="different")
+    with refusing(NO_VMAP), torch.no_grad():  # for a batch that asks for gradients of its own
+        grads, losses = transform(mine, batch)
     with full_precision(losses.device):
         grads = {name.removeprefix("model."): g for name, g in grads.items()}
         return _clipped(parameters, grads, losses, mask, batch_size, clip_norm, grid)

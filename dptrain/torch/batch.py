@@ -19,11 +19,13 @@ from . import routing
 from .bookkeeping import Bookkeeping
 from .capture import Capture, ignore
 from .clipped_sum import ClippedSum, owned
+from .fsdp import Sharding
 from .guards import backward, check_buffers, check_losses, parameters_untouched
 from .on_grid import GridSums
 from .planner import Plan, make_plan
 from .pullback import group_uses
 from .sections import section
+from .sharded_sums import ShardedSums, Trouble
 from .trace import match
 from .uses.base import widen
 from .workspace import Workspace
@@ -55,6 +57,8 @@ def clip_batch(
     batch_size: int,
     into: ClippedSum | None = None,
     workspace: Workspace | None = None,
+    last: bool = False,
+    sharding: Sharding | None = None,
 ) -> ClippedSum:
     """The clipped sum of one batch whose masked rows have been replaced, by a plan made for it.
 
@@ -62,14 +66,20 @@ def clip_batch(
         mask: ``[B]`` bool, or None for all.
         into: of earlier batches, to whose buffers this one is added.
         workspace: memory that may be used again from step to step.
+        last: whether ``into`` is complete then.
+        sharding: of a model under FSDP2, of which ``parameters`` are the full ones: the sum is then one over
+            all ranks, in shards.
 
     Raises:
         Refused: the model does other than what the probe saw.
     """
     with section("forward"):
-        capture, losses = _forward(task, plan, parameters, batch, batch_size)
+        everything = task.model.parameters() if sharding is None else sharding.everything
+        capture, losses = _forward(task, plan, parameters, list(everything), batch, batch_size)
     with torch.autocast(losses.device.type, enabled=False):  # what comes now is not the model's
-        return _clipped_sum(task, plan, capture, losses, parameters, mask, batch_size, into, workspace)
+        return _clipped_sum(
+            task, plan, capture, losses, parameters, mask, batch_size, into, workspace, last, sharding
+        )
 
 
 def _clipped_sum(
@@ -82,14 +92,22 @@ def _clipped_sum(
     batch_size: int,
     into: ClippedSum | None,
     workspace: Workspace | None,
+    last: bool,
+    sharding: Sharding | None,
 ) -> ClippedSum:
     """Backward passes, norms, clip factors and the sum."""
-    plan = _settled(plan, capture, losses, mask, parameters, batch_size)
+    trouble = Trouble(sharding)
+    with trouble:
+        plan = _settled(plan, capture, losses, mask, parameters, batch_size)
     books = Bookkeeping(plan, parameters, batch_size, workspace)
-    capture.sink = _within("norms", books.norms)
-    with section("backward"):
+    if sharding is not None:
+        books.at_hand = lambda values: sharding.gathered(sharding.behind(values))
+    capture.sink = _within("norms", trouble.withheld(books.norms))
+    with section("backward"), trouble:
         total = losses.sum() if mask is None else torch.where(mask, losses, 0.0).sum()
         backward(capture, total, parameters, retain_graph=plan.second_backward)
+    sums = None if sharding is None else ShardedSums(books, capture, sharding, into)
+    trouble.share("" if sums is None else sums.way)
     with section("norms"):
         squared = books.finish(capture)
     finite = squared.isfinite() & losses.detach().isfinite()
@@ -97,11 +115,14 @@ def _clipped_sum(
     included = finite if mask is None else finite & mask
     keep = torch.ones_like(included) if mask is None else mask
     norms, values = torch.where(keep, squared.sqrt(), 0.0), torch.where(keep, losses.detach(), 0.0)
-    with section("clip and accumulate"), _adding_to(into, books):
+    with section("clip and accumulate"), _adding_to(into, books, last, sharding):
         if plan.grid is None:
             factors = torch.where(included, books.clip_factors(squared, task.clip_norm), 0.0)
             books.factors, books.included = factors, None if everything_finite else included
-            grads = _sums(plan, books, capture, total, parameters)
+            if sums is None:
+                grads = _sums(plan, books, capture, total, parameters)
+            else:
+                grads = _sharded_sums(sums, plan, capture, total, parameters)
         else:
             on_grid = GridSums(parameters, task.clip_norm, plan.grid, into and into.grads)
             factors = books.clip_factors(squared, on_grid.aim)
@@ -109,7 +130,7 @@ def _clipped_sum(
             grads = on_grid.sums
     if into is not None:
         return into.extended(norms, values)
-    return ClippedSum(owned(grads), norms, values, task.clip_norm, plan.grid)
+    return ClippedSum(owned(grads) if sharding is None else grads, norms, values, task.clip_norm, plan.grid)
 
 
 def _within(name: str, sink: Callable[..., None]) -> Callable[..., None]:
@@ -123,12 +144,17 @@ def _within(name: str, sink: Callable[..., None]) -> Callable[..., None]:
 
 
 @contextlib.contextmanager
-def _adding_to(into: ClippedSum | None, books: Bookkeeping) -> Iterator[None]:
+def _adding_to(
+    into: ClippedSum | None, books: Bookkeeping, last: bool, sharding: Sharding | None
+) -> Iterator[None]:
     """Add to an earlier sum in place; one that was only partly written is of no use any more."""
     if into is None:
         yield
         return
-    books.add_to(into.grads)
+    if sharding is None:
+        books.add_to(into.grads)
+    if last and into.reduction is not None:
+        books.settled = into.reduction.settled
     try:
         yield
     except BaseException:
@@ -152,12 +178,23 @@ def _sums(plan: Plan, books: Bookkeeping, capture: Capture, total: Tensor, param
     return {name: grads[name].detach().reshape(p.shape) for name, p in parameters.items()}
 
 
-def _forward(task, plan: Plan, parameters, batch, batch_size) -> tuple[Capture, Tensor]:
-    capture = Capture(parameters, batch_size, ignore, plan.findings.layouts, task.model.parameters())
+def _sharded_sums(
+    sums: ShardedSums, plan: Plan, capture: Capture, total: Tensor, parameters
+) -> dict[str, Tensor]:
+    """The clipped sums over all ranks by name, in shards."""
+    if plan.second_backward:
+        capture.sink = _within("clip and accumulate", sums.arrive)
+        with section("backward"):
+            backward(capture, total, parameters, retain_graph=False)
+    return sums.finish()
+
+
+def _forward(task, plan: Plan, parameters, everything, batch, batch_size) -> tuple[Capture, Tensor]:
+    capture = Capture(parameters, batch_size, ignore, plan.findings.layouts, everything)
     capture.results = plan.results
     alias = lambda t: capture.mark_data(t.detach().view_as(t)) if isinstance(t, Tensor) else t  # noqa: E731
     entered = tree_map(alias, batch)
-    with parameters_untouched(task.model), torch.enable_grad(), capture:
+    with parameters_untouched(everything), torch.enable_grad(), capture:
         losses = task.loss_fn(task.model, entered)
     check_losses(losses, batch_size)
     check_buffers(task.model, capture)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -115,6 +117,10 @@ class Bookkeeping:
         #: sums by name and by leaf, to which this batch is added in place
         self.grads: dict[str, Tensor] = {}
         self.running: dict[int, Tensor] = {}
+        #: a context in which values can be differentiated: under FSDP their graphs need what was freed
+        self.at_hand: Callable[[list[Tensor]], AbstractContextManager] = contextlib.nullcontext
+        #: told the name of each leaf whose sum will not change any more, as far as it is known early
+        self.settled: Callable[[str], None] | None = None
         #: clip factors ``[B]``, and the examples that count, or None if all do
         self.factors: Tensor
         self.included: Tensor | None = None
@@ -224,7 +230,8 @@ class Bookkeeping:
                 continue
             values = [capture.uses[i].value for i in members]
             leaves = [self.parameters[name] for name in group.leaves]
-            pulled = pull_back_examples(capture, values, list(members.values()), leaves)
+            with self.at_hand(values):
+                pulled = pull_back_examples(capture, values, list(members.values()), leaves)
             for name, gradient in zip(group.leaves, pulled):
                 if gradient is not None:
                     self.parts.append(squared_norm(gradient))
@@ -273,19 +280,46 @@ class Bookkeeping:
             self._add_sum(value, total)
 
     @in_full_precision
-    def contract(self, capture: Capture) -> None:
-        """Sums at the parameter-only values, from what the first backward pass kept."""
-        for index, gradient in self.gradients.items():
-            value, into = capture.uses[index].value, self._running(capture.uses[index].value)
-            total = self._weigh(gradient, into)
-            if into is None:
-                self._add_sum(value, total)
-        for index, (a, g) in self.operands.items():
-            self._contract(capture.uses[index], a, g)
+    def contract(self, capture: Capture, uses: Collection[int] | None = None) -> None:
+        """Sums at the values of these uses, or of all, from what the first backward pass kept."""
         if self.small:
             self._contract_small()
-        self.gradients.clear()
-        self.operands.clear()
+        left = self._uses_left(capture)
+        for index in [i for i in self.gradients if uses is None or i in uses]:
+            value, into = capture.uses[index].value, self._running(capture.uses[index].value)
+            total = self._weigh(self.gradients.pop(index), into)
+            if into is None:
+                self._add_sum(value, total)
+            self._count_down(left, index, capture)
+        for index in [i for i in self.operands if uses is None or i in uses]:
+            self._contract(capture.uses[index], *self.operands.pop(index))
+            self._count_down(left, index, capture)
+
+    def _uses_left(self, capture: Capture) -> dict[str, int]:
+        """By leaf: how many uses its sum waits for; without leaves whose sum is completed elsewhere."""
+        if self.settled is None:
+            return {}
+        left = dict.fromkeys(self.parameters, 0)
+        elsewhere = {name for name, _ in self.leaf_gradients}
+        for index, (_, group, route) in self.group_of.items():
+            value = capture.uses[index].value
+            name = capture.names.get(id(value))
+            if name is None or self._running(value) is None or route.sum == "second-backward":
+                elsewhere.update(group.leaves)
+            elif index in self.gradients or index in self.operands:
+                left[name] += 1
+        left = {name: count for name, count in left.items() if name not in elsewhere}
+        for name, count in left.items():
+            if not count:
+                self.settled(name)
+        return left
+
+    def _count_down(self, left: dict[str, int], index: int, capture: Capture) -> None:
+        name = capture.names.get(id(capture.uses[index].value))
+        if self.settled is not None and name is not None and name in left:
+            left[name] -= 1
+            if not left[name]:
+                self.settled(name)
 
     def _contract_small(self) -> None:
         totals = self._weigh(self.small_gradients).split([value.numel() for value, _ in self.small])
@@ -324,10 +358,16 @@ class Bookkeeping:
         self.sums[id(value)] = (value, total if held is None else held[1] + total)
 
     @in_full_precision
-    def pull_back(self, capture: Capture) -> dict[str, Tensor]:
-        """Clipped sums by name: one vector-Jacobian product for values that are no leaves."""
-        grads = pull_back_sums(capture, list(self.sums.values()), self.parameters, self.grads)
+    def pull_back(self, capture: Capture, uses: Collection[int] | None = None) -> dict[str, Tensor]:
+        """Clipped sums by name, of these uses and their leaves, or of all: one vector-Jacobian product for
+        values that are no leaves."""
+        wanted = range(len(capture.uses)) if uses is None else uses
+        values = dict.fromkeys(id(capture.uses[i].value) for i in wanted)
+        leaves = {name for i in wanted for name in self.plan.findings.uses[i].leaves}
+        sums = [self.sums.pop(value) for value in values if value in self.sums]
+        grads = pull_back_sums(capture, sums, self.parameters, self.grads)
         for name, gradient in self.leaf_gradients:
-            total = self._weigh(gradient)
-            grads[name] = add_to(grads.get(name), total)
+            if name in leaves:
+                total = self._weigh(gradient)
+                grads[name] = add_to(grads.get(name), total)
         return grads

@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from .errors import CARRIED, WRITTEN, Refused
+from .shards import is_sharded
 from .uses.base import Rule
 
 #: what a use hands on in the backward pass: (use, other operand, gradient of the output)
@@ -38,9 +39,11 @@ def ignore(*_: Any) -> None:
 
 
 def storage_key(tensor: Tensor) -> int:
-    """Equal for tensors that share memory; under tracing (``compile.py``) there is none yet."""
+    """Equal for tensors that share memory; under tracing (``compile.py``), and before FSDP gathers what
+    will lie in it, there is none yet."""
     storage = tensor.untyped_storage()
-    return storage._cdata if isinstance(tensor, FakeTensor) else storage.data_ptr()
+    none = isinstance(tensor, FakeTensor) or not storage.nbytes()
+    return storage._cdata if none else storage.data_ptr()
 
 
 MARK = "_dptrain_mark"  # on tensors of one forward pass, never on modules
@@ -105,7 +108,9 @@ class Capture(TorchFunctionMode):
     ):
         super().__init__()
         self.names = {id(p): name for name, p in parameters.items()}
-        self._guarded = {storage_key(p) for p in (*parameters.values(), *others)}
+        guarded = [*parameters.values(), *others]
+        # where they lie and, for those that FSDP gathers in between, what holds them
+        self._guarded = {storage_key(p) for p in guarded} | {p.untyped_storage()._cdata for p in guarded}
         self.batch_size = batch_size
         self.sink = sink
         self.layouts = layouts
@@ -153,6 +158,8 @@ class Capture(TorchFunctionMode):
             return Sort.PARAMETER
         if tensor.grad_fn is None:
             if tensor._base is not None:  # a view made under no_grad, which hands no gradient on
+                return Sort.CONSTANT
+            if is_sharded(tensor):  # FSDP at work: what it gathers is known
                 return Sort.CONSTANT
             raise Refused(
                 f"the forward pass uses a tensor of shape {tuple(tensor.shape)} that requires a "
@@ -278,8 +285,10 @@ class Capture(TorchFunctionMode):
 
     def _check_target(self, target: Any) -> None:
         """Data written into a parameter would be released as it is; ``.data`` hides it from autograd."""
-        if isinstance(target, Tensor) and storage_key(target) in self._guarded:
-            raise Refused(WRITTEN)
+        if isinstance(target, Tensor):
+            storage = target.untyped_storage()
+            if storage._cdata in self._guarded or storage_key(target) in self._guarded:
+                raise Refused(WRITTEN)
 
     def __call__(self, func, *args, **kwargs) -> Any:
         """Call ``func`` as the model would: rules are written in terms of other operations."""

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .reduction import Reduction
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,7 @@ class ClippedSum:
         losses: ``[B]``, per-example losses, 0 where masked. Unprotected.
         clip_norm: C, the bound on each example's part; infinite for the non-private method.
         grid: the spacing of the integer grid of hardened steps; None for ordinary ones.
+        reduction: of one rank's sum: how it is added to those of the others, by ``privatize``.
     """
 
     grads: dict[str, Tensor]
@@ -27,6 +32,7 @@ class ClippedSum:
     losses: Tensor
     clip_norm: float
     grid: float | None = None
+    reduction: Reduction | None = field(default=None, repr=False)
 
     def _is_like(self, other: ClippedSum) -> bool:
         alike = (self.clip_norm, self.grid) == (other.clip_norm, other.grid)
@@ -41,13 +47,9 @@ class ClippedSum:
                 "these clipped sums have different clip norms, grids or parameters: accumulate only "
                 "batches of one logical step."
             )
-        return ClippedSum(
-            {name: g + other.grads[name] for name, g in self.grads.items()},
-            torch.cat([self.norms, other.norms]),
-            torch.cat([self.losses, other.losses]),
-            self.clip_norm,
-            self.grid,
-        )
+        grads = {name: g + other.grads[name] for name, g in self.grads.items()}
+        total = replace(self, grads=grads, reduction=self.reduction or other.reduction)
+        return total.extended(other.norms, other.losses)
 
     def add_(self, other: ClippedSum) -> ClippedSum:
         """Accumulate in place: the buffers of ``self`` are reused and returned."""
@@ -60,13 +62,7 @@ class ClippedSum:
 
     def extended(self, norms: Tensor, losses: Tensor) -> ClippedSum:
         """The same buffers, to which further examples have been added."""
-        return ClippedSum(
-            self.grads,
-            torch.cat([self.norms, norms]),
-            torch.cat([self.losses, losses]),
-            self.clip_norm,
-            self.grid,
-        )
+        return replace(self, norms=torch.cat([self.norms, norms]), losses=torch.cat([self.losses, losses]))
 
     def spoil(self) -> None:
         """Make sure that nobody releases a sum that was only partly written."""

@@ -24,9 +24,12 @@ from .batch import clip_batch, replace_rows
 from .clipped_sum import ClippedSum
 from .compile import Compiler
 from .errors import Changed, Misfit, Refused, Unforeseen
+from .fsdp import Sharding, fsdp_modules
 from .guards import check_batch, check_callables, check_model, listed, trainable
 from .planner import Options, Plan, make_plan
-from .probe import probe
+from .probe import Stage, probe
+from .ranks import ALONE, Ranks, all_ranks
+from .reduction import Reductions
 from .rehearsal import rehearse
 from .stopwatch import stopwatch
 from .trace import Findings
@@ -49,6 +52,7 @@ def clipped_grad(
     routes: Mapping[str, str] | None = None,
     compile: bool = False,
     grid: float | None = None,
+    ranks: Ranks | None = None,
 ) -> ClippedGrad:
     """A function from a physical batch to the sum of its clipped per-example gradients.
 
@@ -70,6 +74,9 @@ def clipped_grad(
         grid: the spacing of a hardened mechanism's grid (``Mechanism.grid``): each clipped gradient is
             rounded to it, towards zero, and they are summed in integers. For methods that form and keep the
             gradient of each example; ``auto`` is then "per-example".
+        ranks: that train the model together, each on its own examples of every logical batch: their sums are
+            added up by ``privatize``. By default all of torch.distributed's default group, where it is
+            initialised; ``Ranks()`` for this process alone.
 
     Raises:
         TypeError: no module, no function, or no number where one is needed.
@@ -84,7 +91,17 @@ def clipped_grad(
     options = _options(row, memory_budget, routes)
     if grid is not None:
         grid, row = checked_grid(grid, clip_norm), _on_a_grid(row, options)
-    return ClippedGrad(model, loss_fn, clip_norm, row, allow_unused, options, compile, grid)
+    return ClippedGrad(
+        model,
+        loss_fn,
+        clip_norm,
+        row,
+        allow_unused,
+        options,
+        compile,
+        grid,
+        all_ranks() if ranks is None else ranks,
+    )
 
 
 def _on_a_grid(method: Method, options: Options) -> Method:
@@ -125,19 +142,31 @@ class ClippedGrad:
         options: Options | None = None,
         compile: bool = False,
         grid: float | None = None,
+        ranks: Ranks = ALONE,
     ):
+        #: with whom sums are shared; may be set until the first sum is begun
+        self.ranks = ranks
+        self._reductions: Reductions | None = None
         self.model, self.loss_fn = model, loss_fn
         self.clip_norm, self.method, self.allow_unused = clip_norm, method, allow_unused
         self.options, self.grid = options or Options(), grid
         self.plans: dict[Any, Plan] = {}
         self._workspace = Workspace()
+        self._sharded: Any = None
         self.compiler = Compiler(model, loss_fn) if compile else None
         if compile and (grid is not None or method.capture in (methods.Capture.VMAP, methods.Capture.LOOP)):
             self.compiler = None
             what = f"method {method.name!r}" + ("" if grid is None else " on a grid")
             warnings.warn(f"compile=True has no effect on {what}, which runs uncompiled.", stacklevel=3)
 
-    def __call__(self, batch: Any, mask: Tensor | None = None, into: ClippedSum | None = None) -> ClippedSum:
+    def __call__(
+        self,
+        batch: Any,
+        mask: Tensor | None = None,
+        into: ClippedSum | None = None,
+        *,
+        last: bool = False,
+    ) -> ClippedSum:
         """The clipped sum of one physical batch.
 
         Args:
@@ -145,24 +174,37 @@ class ClippedGrad:
             mask: ``[B]`` bool; examples where it is False contribute exactly nothing.
             into: the sum over earlier batches of this logical one: this batch is added to its buffers in
                 place, which saves a pass over all parameters. Should the step fail half-way, it is emptied.
+            last: nothing will be added to the sum any more: of several ranks, it is sent to the others part
+                by part as it gets ready.
 
         Raises:
             Refused: no exact result can be promised; says why, and what to do.
             ValueError: the batch or the mask has the wrong shape.
         """
         batch_size, mask = check_batch(batch, mask)
+        if fsdp_modules(self.model):
+            return self._on_shards(batch, mask, batch_size, into)
         parameters = trainable(self.model)
         check_model(self.model, parameters, self.method)
-        self._check_into(into, parameters)
+        if into is None and not self.ranks.alone:
+            into = self._begin(parameters)
+        self.check_into(into, parameters)
         if mask is not None and not bool(mask.any()):
             nothing = self._nothing(parameters, batch_size)
             return nothing if into is None else into.extended(nothing.norms, nothing.losses)
         safe = functools.cache(lambda: batch if mask is None else replace_rows(batch, mask))
         if self.method.capture in (methods.Capture.USES, methods.Capture.PLANNED):
-            return self._clip(parameters, batch, safe, mask, batch_size, into)
+            return self._clip(parameters, batch, safe, mask, batch_size, into, last)
         key = signature(self.model, parameters, batch)
         eager = lambda to: self._baseline(parameters, safe(), mask, to)  # noqa: E731
         return self._compiled(into, eager, key, None, parameters, batch, mask)
+
+    def _on_shards(self, batch: Any, mask: Tensor | None, batch_size: int, into) -> ClippedSum:
+        from .sharded import ShardedGrad
+
+        if self._sharded is None:
+            self._sharded = ShardedGrad(self)
+        return self._sharded(batch, mask, batch_size, into)
 
     def _compiled(
         self, into: ClippedSum | None, eager: Callable[[ClippedSum | None], ClippedSum], *step: Any
@@ -190,7 +232,7 @@ class ClippedGrad:
         part = ClippedSum(grads, norms, losses, bound, self.grid)
         return part if into is None else into.add_(part)
 
-    def _check_into(self, into: ClippedSum | None, parameters: dict[str, Tensor]) -> None:
+    def check_into(self, into: ClippedSum | None, parameters: dict[str, Tensor]) -> None:
         """Raises ValueError: the sum is not one of these parameters, this clip norm and this grid."""
         if into is None:
             return
@@ -211,6 +253,7 @@ class ClippedGrad:
         mask: Tensor | None,
         batch_size: int,
         into: ClippedSum | None,
+        last: bool,
     ) -> ClippedSum:
         """By the plan for this batch, which is made again where the stand-ins had not shown everything.
 
@@ -221,10 +264,10 @@ class ClippedGrad:
         while True:
             plan = self.plan(batch, mask)
             if plan.parts > 1:
-                return self._in_parts(plan.part_size, batch, mask, batch_size, into)
+                return self._in_parts(plan.part_size, batch, mask, batch_size, into, last)
 
             def eager(to: ClippedSum | None, plan: Plan = plan) -> ClippedSum:
-                return clip_batch(self, plan, parameters, safe(), mask, batch_size, to, self._workspace)
+                return clip_batch(self, plan, parameters, safe(), mask, batch_size, to, self._workspace, last)
 
             try:
                 return self._compiled(into, eager, key, plan, parameters, batch, mask)
@@ -243,7 +286,13 @@ class ClippedGrad:
                 self.plans.pop(key, None)
 
     def _in_parts(
-        self, size: int, batch: Any, mask: Tensor | None, batch_size: int, into: ClippedSum | None
+        self,
+        size: int,
+        batch: Any,
+        mask: Tensor | None,
+        batch_size: int,
+        into: ClippedSum | None,
+        last: bool,
     ) -> ClippedSum:
         """A few examples at a time, for want of memory; the last part is padded with masked rows."""
         device = next(t.device for t in tree_leaves(batch) if isinstance(t, Tensor))
@@ -256,14 +305,20 @@ class ClippedGrad:
                 real = rows < batch_size
                 rows = torch.where(real, rows, torch.zeros_like(rows))
                 part = tree_map(lambda t: t[rows.to(t.device)] if isinstance(t, Tensor) else t, batch)  # noqa: B023
-                total = self(part, mask[rows] & real, into=total)
+                total = self(part, mask[rows] & real, into=total, last=last and start + size >= batch_size)
         except BaseException:
             if start and total is not None:  # some parts are in it
                 total.spoil()
             raise
         assert total is not None
         end = before + batch_size
-        return ClippedSum(total.grads, total.norms[:end], total.losses[:end], total.clip_norm, total.grid)
+        return dataclasses.replace(total, norms=total.norms[:end], losses=total.losses[:end])
+
+    def _begin(self, parameters: dict[str, Tensor]) -> ClippedSum:
+        """An empty sum that is shared with other ranks."""
+        if self._reductions is None:
+            self._reductions = Reductions(parameters, self.ranks, on_grid=self.grid is not None)
+        return self._reductions.begin(self.clip_norm if self.method.is_private else float("inf"), self.grid)
 
     @property
     def workspace_bytes(self) -> int:
@@ -277,6 +332,10 @@ class ClippedGrad:
             Refused: see ``__call__``.
         """
         batch_size, mask = check_batch(batch, mask)
+        if fsdp_modules(self.model):
+            raise Refused(
+                "the ranks of a model under FSDP plan at their first batch: clip one and see plans."
+            )
         parameters = trainable(self.model)
         check_model(self.model, parameters, self.method)
         key = signature(self.model, parameters, batch)
@@ -286,20 +345,34 @@ class ClippedGrad:
 
     def _probe(self, parameters: dict[str, Tensor], batch: Any, mask: Tensor | None, batch_size: int) -> Plan:
         """Probe, plan, rehearse."""
-        device = next(iter(parameters.values())).device
         findings, stage = probe(self.model, self.loss_fn, batch, mask, batch_size)
+        return self.planned(findings, stage, parameters, batch_size)
+
+    def planned(
+        self,
+        findings: Findings,
+        stage: Stage,
+        parameters: dict[str, Tensor],
+        batch_size: int,
+        sharding: Sharding | None = None,
+    ) -> Plan:
+        """From what the probe found to a plan that has been rehearsed; under FSDP one for all ranks."""
+        device = next(iter(parameters.values())).device
         self._check_coverage(findings, parameters)
         if self.grid is not None:
             findings = findings.at_leaves()
             stage = dataclasses.replace(stage, findings=stage.findings.at_leaves())
         dtype = next(iter(parameters.values())).dtype
         watch = stopwatch(device, dtype if dtype == torch.float64 else torch.float32)
-        plan = make_plan(self.method, findings, batch_size, device, self.options, watch)
+        measures = sharding is None or sharding.rank == 0
+        plan = make_plan(self.method, findings, batch_size, device, self.options, watch if measures else None)
+        if sharding is not None:
+            plan = dataclasses.replace(plan, routes=sharding.from_rank(0, plan.routes))
         if len(stage.findings.groups) == len(plan.routes):  # the very routes that will be taken
             rehearsed = dataclasses.replace(plan, findings=stage.findings, batch_size=stage.size)
         else:  # the data decide which uses there are
             rehearsed = make_plan(self.method, stage.findings, stage.size, device, self.options)
-        rehearse(stage, rehearsed)
+        rehearse(stage, rehearsed, sharding)
         return dataclasses.replace(plan, grid=self.grid)  # rehearsed in floating point, to other norms
 
     def _check_coverage(self, findings: Findings, parameters: dict[str, Tensor]) -> None:

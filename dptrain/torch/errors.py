@@ -1,5 +1,10 @@
 """What the engine says when it will not go on."""
 
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
 from .device_memory import ran_out_of_memory
 
 WRITTEN = (
@@ -35,6 +40,34 @@ class Misfit(Refused):
     def __init__(self, message: str, pattern: tuple):
         super().__init__(message)
         self.pattern = pattern
+
+
+class Together(Refused):
+    """Raised on all ranks at once, in the same place: at least one of them could not go on.
+
+    Attributes:
+        own: this rank's own reason, if it has one.
+        unforeseen: whether all reasons are that some gradient came where the probe saw none.
+    """
+
+    def __init__(self, own: Refused | None, unforeseen: bool):
+        super().__init__(str(own or "another rank could not clip its part of the batch, and says why."))
+        self.own, self.unforeseen = own, unforeseen
+
+
+@contextlib.contextmanager
+def refusing(sentence: str) -> Iterator[None]:
+    """Within, an error is a refusal: ``sentence``, with ``{}`` for what the error says.
+
+    Raises:
+        Refused: instead of any error that is not final.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_final(error):
+            raise
+        raise Refused(sentence.format(error)) from error
 
 
 def is_final(error: BaseException) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -59,6 +59,12 @@ def check_model(model: nn.Module, parameters: dict[str, Tensor], method: Method)
         raise Refused("the model has no trainable parameter: set requires_grad_(True) on some.")
     if hasattr(model, "_orig_mod"):
         raise Refused("the model is compiled: pass the module that was given to torch.compile.")
+    wrapper = type(model).__name__
+    if wrapper in ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel"):
+        raise Refused(
+            f"the model is wrapped in {wrapper}, which would reduce gradients by itself: pass the module "
+            "inside; ranks share their clipped sums without it (docs/distributed.md)."
+        )
     if not method.is_private:
         return
     for name, p in parameters.items():
@@ -85,9 +91,9 @@ def check_model(model: nn.Module, parameters: dict[str, Tensor], method: Method)
 
 
 @contextlib.contextmanager
-def parameters_untouched(model: nn.Module) -> Iterator[None]:
+def parameters_untouched(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Refuse a forward pass that writes to a parameter, frozen or not: it could write data."""
-    before = [(p, p._version) for p in model.parameters()]
+    before = [(p, p._version) for p in parameters]
     yield
     if any(p._version != version for p, version in before):
         raise Refused(WRITTEN)

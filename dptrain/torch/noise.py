@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from dptrain.core import noise as on_host
 from dptrain.core.entropy import Key
+from dptrain.core.noise import Span
+
+DEVICE_BLOCK = 2**22
+"""Numbers that a generator of a device draws from one start. Who owns a part of a block draws all of it."""
 
 
 def noisy_mean(
@@ -15,13 +21,14 @@ def noisy_mean(
     batch_size: float,
     key: Key,
     out: dict[str, Tensor] | None = None,
+    spans: Mapping[str, Span] | None = None,
 ) -> dict[str, Tensor]:
     """``(sum + N(0, noise_stddev^2)) / batch_size`` for every element of every sum.
 
-    Each parameter has streams of its own, derived from its name, and each element a place in them:
-    the noise depends neither on the order of the parameters nor on the number of threads. On a CPU
-    it comes from a cipher, block by block, and is added while it is in cache. On another device it
-    comes from torch's generator there, which starts from 64 bits of the key.
+    Each parameter has streams of its own, derived from its name, and each element a place in them: the
+    noise depends neither on the order of the parameters nor on the number of threads, nor on who draws
+    which part of it. On a CPU it comes from a cipher, block by block, and is added while it is in cache. On
+    another device it comes from torch's generator there, which starts each block from 64 bits of the key.
 
     Args:
         sums: float32 or better.
@@ -29,6 +36,8 @@ def noisy_mean(
         batch_size: L.
         key: used for this step's noise and nothing else.
         out: where the result goes, like ``sums`` and maybe the same; new tensors by default.
+        spans: which elements of its parameter a sum holds, if not all, counted in the order of a contiguous
+            tensor.
 
     Raises:
         TypeError: a sum is of a narrower type.
@@ -47,15 +56,21 @@ def noisy_mean(
         if total.device.type == "cpu":
             here[name] = total
         else:
-            source = generator(key.child("parameter", name), total.device)
-            add_drawn(total, noise_stddev, batch_size, source, out[name])
+            span = (spans or {}).get(name) or Span(0, total.numel())
+            noise = drawn(span, total, noise_stddev / batch_size, key.child("parameter", name))
+            torch.add(noise, total, alpha=1 / batch_size, out=out[name])
     if here:
-        _add_on_cpu(here, noise_stddev, batch_size, key, out)
+        _add_on_cpu(here, noise_stddev, batch_size, key, out, spans)
     return out
 
 
 def noisy_mean_on_grid(
-    sums: dict[str, Tensor], noise_stddev: float, grid: float, batch_size: float, key: Key
+    sums: dict[str, Tensor],
+    noise_stddev: float,
+    grid: float,
+    batch_size: float,
+    key: Key,
+    spans: Mapping[str, Span] | None = None,
 ) -> dict[str, Tensor]:
     """``grid (sum + round(N(0, (noise_stddev / grid)^2))) / batch_size``, in float32, in new tensors.
 
@@ -63,7 +78,7 @@ def noisy_mean_on_grid(
 
     Args:
         sums: int64, in units of the grid.
-        noise_stddev, batch_size, key: as for ``noisy_mean``.
+        noise_stddev, batch_size, key, spans: as for ``noisy_mean``.
         grid: the spacing.
 
     Raises:
@@ -81,25 +96,40 @@ def noisy_mean_on_grid(
         batch_size,
         key,
         torch.get_num_threads(),
+        spans,
     )
     return {name: result.to(sums[name].device) for name, result in out.items()}
 
 
-def generator(key: Key, device: torch.device) -> torch.Generator:
-    """The device's own generator, started from 64 bits of ``key``: Philox, on a GPU."""
-    made = torch.Generator(device)
-    made.manual_seed(key.seed64())
-    return made
+def drawn(span: Span, like: Tensor, stddev: float, key: Key) -> Tensor:
+    """N(0, stddev^2) for the elements of a span, drawn by the device's own generator: Philox, on a GPU.
 
-
-def add_drawn(total: Tensor, stddev: float, batch_size: float, source: torch.Generator, out: Tensor) -> None:
-    """``out = (total + noise) / batch_size``, drawn by torch. ``out`` may be ``total``."""
-    noise = torch.empty_like(total).normal_(0.0, stddev / batch_size, generator=source)
-    torch.add(noise, total, alpha=1 / batch_size, out=out)
+    Args:
+        like: its shape, type and device are the result's.
+        key: of the step and the parameter.
+    """
+    noise = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    flat, end = noise.view(-1), span.begin + like.numel()
+    for block in range(span.begin // DEVICE_BLOCK, -(-end // DEVICE_BLOCK)):
+        start, size = block * DEVICE_BLOCK, min(DEVICE_BLOCK, span.of - block * DEVICE_BLOCK)
+        low, high = max(span.begin, start), min(end, start + size)
+        part = flat[low - span.begin : high - span.begin]
+        whole = part if high - low == size else torch.empty(size, dtype=like.dtype, device=like.device)
+        source = torch.Generator(like.device)
+        source.manual_seed(key.child(block).seed64())
+        whole.normal_(0.0, stddev, generator=source)
+        if whole is not part:
+            part.copy_(whole[low - start : high - start])
+    return noise
 
 
 def _add_on_cpu(
-    sums: dict[str, Tensor], stddev: float, batch_size: float, key: Key, out: dict[str, Tensor]
+    sums: dict[str, Tensor],
+    stddev: float,
+    batch_size: float,
+    key: Key,
+    out: dict[str, Tensor],
+    spans: Mapping[str, Span] | None,
 ) -> None:
     results = {
         name: out[name] if out[name].is_contiguous() else torch.empty(total.shape, dtype=total.dtype)
@@ -112,6 +142,7 @@ def _add_on_cpu(
         batch_size,
         key,
         torch.get_num_threads(),
+        spans,
     )
     for name, result in results.items():
         if result is not out[name]:

@@ -17,13 +17,17 @@ from dptrain.core.entropy import Key
 from dptrain.core.ledger import Ledger
 from dptrain.core.mechanism import Mechanism
 from dptrain.core.release import Step, check_dataset_size
-from dptrain.core.releases import NotTheSame, releases_of
-from dptrain.core.sampling import LogicalSampler, PhysicalBatch, physical_batches
+from dptrain.core.releases import NotTheSame, Numbers, Releases, releases_of
+from dptrain.core.sampling import LogicalSampler, PhysicalBatch, physical_batch_count, physical_batches, share
+from dptrain.core.shared_releases import SharedReleases
 
 from .clipping import LossFn, clipped_grad
+from .fsdp import fsdp_modules, reshard
 from .guards import check_callables, trainable
 from .physical_batch import choose
-from .release import apply, privatize
+from .ranks import Ranks, all_ranks
+from .release import PrivateGradient, apply, privatize
+from .shards import is_sharded, local
 
 
 class PrivateTraining:
@@ -41,14 +45,16 @@ class PrivateTraining:
         compile,
         releases,
         taken,
+        ranks,
     ):
         self.model, self.optimizer, self.mechanism = model, optimizer, mechanism
-        self.dataset = loader.dataset
-        self._loader, self._releases = loader, releases
+        self.dataset, self._is_sharded = loader.dataset, bool(fsdp_modules(model))
+        self._loader, self._releases, self._ranks = loader, releases, ranks
         options = {"clip_norm": mechanism.clip_norm, "method": method, "grid": mechanism.grid}
-        self._clipped = clipped_grad(model, loss_fn, **options, compile=compile)
-        #: sizes are tried uncompiled: to compile each of them would take minutes
-        self._tried = clipped_grad(model, loss_fn, **options) if compile else self._clipped
+        self._clipped = clipped_grad(model, loss_fn, **options, compile=compile, ranks=ranks)
+        #: sizes are tried uncompiled, for to compile each of them would take minutes; and by each rank alone
+        plain = not compile and ranks.alone
+        self._tried = self._clipped if plain else clipped_grad(model, loss_fn, **options, ranks=Ranks())
         self.physical_batch_size = physical_batch_size
         self._taken = taken
 
@@ -71,7 +77,7 @@ class PrivateTraining:
         """
         device = next(iter(trainable(self.model).values())).device
         if self.physical_batch_size == "auto":
-            self.physical_batch_size = self._choose(device)
+            self.physical_batch_size = self._ranks.least(self._choose(device))
         while True:
             try:
                 yield from self._steps(device)
@@ -87,17 +93,24 @@ class PrivateTraining:
                 raise RuntimeError("another loop has taken steps of this training: begin a new one to go on.")
             clipped = None
             for batch, mask, last in batches:
-                clipped = self._clipped(batch, mask, clipped)
+                clipped = self._clipped(batch, mask, clipped, last=last)
                 if last:
                     break
             spec = self.mechanism.step(taken)
             gradient = privatize(clipped, spec, key.child("noise", taken), donate=True)
-            self._releases.before(taken, spec, gradient.on_host)
+            self._releases.before(taken, spec, self._numbers(gradient))
             self._taken = taken = taken + 1
             apply(self.optimizer, self.model, gradient)
             known = self.mechanism.delta is not None
             spent = self.mechanism.epsilon_so_far(self._releases.count) if known else None
             yield Step(taken, total, spent)
+
+    def _numbers(self, gradient: PrivateGradient) -> Numbers:
+        """What the record's fingerprint is taken of: of shards, what all ranks have, each by its own."""
+        if not self._is_sharded:
+            return gradient.on_host
+        own = {name: local(g) for name, g in gradient.grads.items()}
+        return lambda: {f"rank {i}": d.numpy() for i, d in enumerate(self._ranks.digests(own))}
 
     def _batches(self, device: torch.device) -> Iterator[tuple[Any, torch.Tensor, bool]]:
         key = self._releases.key.child("sampling")
@@ -106,7 +119,12 @@ class PrivateTraining:
         def indices() -> Iterator[list[int]]:
             for step in range(self._taken, self.mechanism.steps):
                 sampler = LogicalSampler(len(self.dataset), self.mechanism.step(step).sampling, key)
-                pieces = list(physical_batches(sampler.sample(step), self.physical_batch_size))
+                drawn, size = sampler.sample(step), self.physical_batch_size
+                mine = share(drawn, self._ranks.rank, self._ranks.size)
+                count = None  # gathers of sharded models wait for all ranks
+                if self._is_sharded:
+                    count = physical_batch_count(len(drawn), size, self._ranks.size)
+                pieces = list(physical_batches(mine, size, count=count))
                 for number, piece in enumerate(pieces, 1):
                     waiting.append((piece, number == len(pieces)))
                     yield piece.indices.tolist()
@@ -153,12 +171,18 @@ def make_private(
     key: Key | None = None,
     ledger: Ledger | None = None,
     taken: int = 0,
+    ranks: Ranks | None = None,
 ) -> PrivateTraining:
     """Train an existing model with an existing optimizer under differential privacy.
 
     Neither is changed: the model's forward pass is observed from outside, the optimizer's ``step``
     is called with private gradients in ``.grad``. A DataLoader lends its data set, workers and
     collation; its sampler is replaced by the mechanism's, with a warning.
+
+    Under torchrun every rank calls it alike, with the same whole data set: rank 0's weights, buffers, key and
+    ledger count. Every rank takes its share of each logical batch, all take the same steps, and what is sent
+    is one reduction of the parameters a step. torch.distributed.optim.ZeroRedundancyOptimizer shares out the
+    optimizer's state; of a model under FSDP2 everything is (docs/fsdp.md).
 
     Args:
         model, optimizer: the optimizer must hold exactly the model's trainable parameters.
@@ -174,6 +198,8 @@ def make_private(
         taken: steps that what is passed has taken already, when it was saved. What the ledger has beyond
             them is lost, and paid for: with a key of one's own it is repeated if it comes out the same bit
             for bit, else drawn afresh, and the training ends earlier.
+        ranks: that train together; by default all of torch.distributed's default group, where that is
+            initialised.
 
     Raises:
         TypeError, ValueError: in one sentence, before any budget is spent.
@@ -181,6 +207,11 @@ def make_private(
     check_callables(model, loss_fn)
     if not isinstance(mechanism, Mechanism):
         raise TypeError("mechanism must be a dptrain.Mechanism: Mechanism.calibrate(...) makes one.")
+    if reshard(model) and physical_batch_size == "auto":
+        raise ValueError(
+            "the model is sharded by fully_shard, and its ranks cannot try sizes each by itself: give "
+            "physical_batch_size as a number."
+        )
     if isinstance(dataset, DataLoader):
         loader = dataset
         if not isinstance(loader.dataset, IterableDataset):
@@ -223,7 +254,7 @@ def make_private(
             "optimizer.zero_grad(set_to_none=True) first."
         )
     check_dataset_size(mechanism, len(loader.dataset))
-    releases = releases_of(mechanism, ledger, key, taken)
+    ranks = all_ranks() if ranks is None else ranks
     if not isinstance(physical_batch_size, str):
         size = checks.whole("physical_batch_size", physical_batch_size)
         physical_batch_size = min(size, len(loader.dataset))  # no batch is ever larger
@@ -231,6 +262,12 @@ def make_private(
         raise ValueError(
             f"physical_batch_size must be a positive integer or 'auto', not {physical_batch_size!r}."
         )
+    if ranks.alone:
+        releases: Releases | SharedReleases = releases_of(mechanism, ledger, key, taken)
+    else:
+        taken = ranks.tell(taken)
+        releases = SharedReleases(lambda: releases_of(mechanism, ledger, key, taken), ranks)
+        ranks.share(t for t in (*model.parameters(), *model.buffers()) if not is_sharded(t))
     return PrivateTraining(
         model,
         optimizer,
@@ -242,4 +279,5 @@ def make_private(
         compile,
         releases,
         taken,
+        ranks,
     )

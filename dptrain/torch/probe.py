@@ -50,18 +50,19 @@ def probe(
     with isolated_randomness(batch):
         understudy = Understudy(model, loss_fn, batch, mask, batch_size)
         try:
-            return _learn(understudy, batch_size)
+            return learn(understudy, batch_size)
         except Refused as refusal:
             # rounding can send a token elsewhere, and so look like mixing: in float64 it hardly does
             second = Understudy(model, loss_fn, batch, mask, batch_size)
             if not second.widen():
                 raise
             with contextlib.suppress(Exception):
-                return _learn(second, batch_size)
+                return learn(second, batch_size)
             raise refusal
 
 
-def _learn(understudy: Understudy, batch_size: int) -> tuple[Findings, Stage]:
+def learn(understudy: Understudy, batch_size: int) -> tuple[Findings, Stage]:
+    """The same with an understudy that has been made, and without a second opinion."""
     structure = find_structure(understudy, batch_size)
     small = structure.sizes[0]
     if small > 1:

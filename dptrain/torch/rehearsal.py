@@ -15,44 +15,43 @@ from torch.utils._pytree import tree_map
 
 from .batch import clip_batch
 from .errors import Refused
-from .guards import listed, trainable
+from .fsdp import Sharding
+from .guards import listed
 from .planner import Plan
 from .probe import Stage
+from .shards import local
 from .stand_ins import isolated_randomness
 from .uses.base import widen
 
 
-def rehearse(stage: Stage, plan: Plan) -> None:
+def rehearse(stage: Stage, plan: Plan, sharding: Sharding | None = None) -> None:
     """Run ``plan`` on the stage's rows and compare it with single examples.
+
+    Args:
+        sharding: of a model under FSDP2, whose ranks rehearse together: each compares its shards.
 
     Raises:
         Refused: they differ by more than rounding can explain.
     """
     with isolated_randomness(stage.rows):
-        _rehearse(stage, plan)
+        _rehearse(stage, plan, sharding)
 
 
-def _rehearse(stage: Stage, plan: Plan) -> None:
-    parameters = trainable(stage.understudy.model)
+def _rehearse(stage: Stage, plan: Plan, sharding: Sharding | None) -> None:
+    parameters = stage.understudy.parameters
     rows = lambda: tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, stage.rows)  # noqa: E731
     stage.understudy.reset()
     with torch.enable_grad():
         losses = stage.understudy.loss_fn(stage.understudy.model, rows())
     leaves = list(parameters.values())
-    examples = [
-        torch.autograd.grad(losses[b], leaves, retain_graph=True, allow_unused=True)
-        for b in range(stage.size)
-    ]
-    examples = [[g.to_dense() if g is not None and g.is_sparse else g for g in each] for each in examples]
-    norms = torch.stack(
-        [sum(widen(g).double().square().sum() for g in each if g is not None) for each in examples]
-    ).sqrt()
+    examples = [_example(loss, parameters, sharding) for loss in losses]
+    norms = torch.stack([torch.as_tensor(squared) for _, squared in examples]).to(losses.device).sqrt()
     bound = float(norms.median())
     if not bool(norms.isfinite().all()) or bound < 1e-10:
         return  # the probe went on until its rows were conclusive, with other parameters
     task = SimpleNamespace(model=stage.understudy.model, loss_fn=stage.understudy.loss_fn, clip_norm=bound)
     stage.understudy.reset()
-    out = clip_batch(task, plan, parameters, rows(), None, stage.size)
+    out = clip_batch(task, plan, parameters, rows(), None, stage.size, sharding=sharding)
     tolerance = _tolerance(leaves, losses)
     if not torch.allclose(out.norms.double(), norms, rtol=tolerance, atol=0):
         raise Refused(
@@ -60,20 +59,46 @@ def _rehearse(stage: Stage, plan: Plan) -> None:
             f"({_worst(out.norms, norms)}): please report this model; method='per-example-loop' "
             "works for it."
         )
-    wrong = []
-    for i, name in enumerate(parameters):
+    ranks = 1 if sharding is None else sharding.ranks  # with the same examples
+    off = []
+    for name in parameters:
         want = sum(
-            min(1.0, bound / max(float(n), 1e-300)) * widen(each[i]).double()
-            for n, each in zip(norms, examples)
-            if each[i] is not None
+            ranks * min(1.0, bound / max(float(n), 1e-300)) * widen(each[name]).double()
+            for n, (each, _) in zip(norms, examples)
+            if name in each
         )
-        if float((out.grads[name].double() - want).norm()) > tolerance * bound * stage.size:
-            wrong.append(name)
+        off.append(float((local(out.grads[name]).double() - want).norm()) ** 2)
+    off = off if sharding is None else sharding.total(*off)
+    wrong = [
+        n for n, square in zip(parameters, off) if not square**0.5 <= tolerance * bound * stage.size * ranks
+    ]
     if wrong:
         raise Refused(
             f"the clipped gradient of {listed(wrong)} differs from that of ordinary autograd: please "
             "report this model; method='per-example-loop' works for it."
         )
+
+
+def _example(
+    loss: Tensor, parameters: dict[str, Tensor], sharding: Sharding | None
+) -> tuple[dict[str, Tensor], float | Tensor]:
+    """The gradient of one example by ordinary autograd, by name, this rank's rows; its squared norm."""
+    found: dict[str, Tensor] = {}
+    squares: list[Tensor] = []
+
+    def take(name: str, gradient: Tensor) -> None:
+        gradient = gradient.to_dense() if gradient.is_sparse else gradient
+        squares.append(widen(gradient).double().square().sum())
+        found[name] = gradient if sharding is None else sharding.rows(gradient).clone()
+
+    if sharding is not None:
+        sharding.differentiate(loss, take, retain_graph=True)
+    else:
+        grads = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
+        for name, gradient in zip(parameters, grads):
+            if gradient is not None:
+                take(name, gradient)
+    return found, sum(squares)
 
 
 def _tolerance(leaves: list[Tensor], losses: Tensor) -> float:

@@ -15,13 +15,18 @@ from torch import Tensor, nn
 
 from dptrain.core.entropy import Key
 from dptrain.core.mechanism import Mechanism
+from dptrain.core.noise import Span
 from dptrain.core.release import step_to_release
 from dptrain.core.spec import StepSpec
 
 from .clipped_sum import ClippedSum
+from .fsdp import reshard
 from .guards import trainable
 from .noise import noisy_mean, noisy_mean_on_grid
+from .ranks import lost_ranks
+from .reduction import Reduction
 from .sections import section
+from .shards import is_sharded, like, local, span_of
 
 _DOOR = object()
 
@@ -30,7 +35,8 @@ class PrivateGradient:
     """A noisy mean gradient: safe to look at, to store and to post-process.
 
     Attributes:
-        grads: by parameter name, ``(clipped sum + noise) / L``, in float32 or better.
+        grads: by parameter name, ``(clipped sum + noise) / L``, in float32 or better; of a model under FSDP
+            sharded as its parameters are.
         spec: the step of the mechanism that it spends.
         reproducible: whether its noise can be recomputed from a seed, which voids the guarantee
             against whoever knows the seed.
@@ -44,8 +50,8 @@ class PrivateGradient:
         self.grads, self.spec, self.reproducible = grads, spec, reproducible
 
     def on_host(self) -> dict[str, np.ndarray]:
-        """By parameter name, as NumPy arrays."""
-        return {name: g.detach().cpu().numpy() for name, g in self.grads.items()}
+        """By parameter name, as NumPy arrays; of sharded ones this rank's part."""
+        return {name: local(g).detach().cpu().numpy() for name, g in self.grads.items()}
 
     def map(self, function) -> PrivateGradient:
         """Post-process each gradient: ``function(name, gradient) -> gradient``."""
@@ -63,7 +69,8 @@ def privatize(
     and noise are integers, and the result is float32.
 
     Args:
-        clipped_sum: of a whole logical batch; its buffers are not changed, unless donated.
+        clipped_sum: of a whole logical batch, or this rank's share of it; its buffers are not changed, unless
+            donated.
         mechanism: a constant mechanism, or the specification of this step.
         key: this step's own, for example ``run_key.child("noise", step)``: a key that is used
             twice repeats its noise.
@@ -83,15 +90,53 @@ def privatize(
     sums = clipped_sum.grads
     if not sums:
         raise ValueError("the sum is empty: it was given away to an earlier gradient, or its step failed.")
-    with section("noise"):
-        if spec.grid is not None:
-            mean = noisy_mean_on_grid(sums, spec.noise_stddev, spec.grid, spec.expected_batch_size, key)
-        else:
-            out = _separate(sums) if donate else None
-            mean = noisy_mean(sums, spec.noise_stddev, spec.expected_batch_size, key, out)
+    if clipped_sum.reduction is not None:
+        mean = _shared_mean(clipped_sum.reduction, sums, spec, key)
+    elif any(map(is_sharded, sums.values())):
+        mean = _sharded_mean(sums, spec, key, donate)
+    else:
+        mean = _noisy(sums, spec, key, _separate(sums) if donate and spec.grid is None else None)
     if donate:
         sums.clear()
+        if clipped_sum.reduction is not None:
+            clipped_sum.reduction.give_back()
     return PrivateGradient(mean, spec, key.reproducible, _DOOR)
+
+
+def _noisy(
+    sums: dict[str, Tensor],
+    spec: StepSpec,
+    key: Key,
+    out: dict[str, Tensor] | None,
+    spans: dict[str, Span] | None = None,
+) -> dict[str, Tensor]:
+    stddev, batch_size = spec.noise_stddev, spec.expected_batch_size
+    with section("noise"):
+        if spec.grid is not None:
+            return noisy_mean_on_grid(sums, stddev, spec.grid, batch_size, key, spans)
+        return noisy_mean(sums, stddev, batch_size, key, out, spans)
+
+
+def _shared_mean(
+    reduction: Reduction, sums: dict[str, Tensor], spec: StepSpec, key: Key
+) -> dict[str, Tensor]:
+    """Each rank draws the noise of its part, of the sum over all ranks."""
+    with section("reduce"):
+        shares = reduction.reduced(sums)
+    means = []
+    for own, spans in shares:
+        means.append(_noisy(own, spec, key, own if spec.grid is None else None, spans))
+    with section("reduce"):
+        return reduction.gathered(means)
+
+
+def _sharded_mean(sums: dict[str, Tensor], spec: StepSpec, key: Key, donate: bool) -> dict[str, Tensor]:
+    """Each rank draws the noise of its shards."""
+    own = {name: local(total) for name, total in sums.items()}
+    drawn = {name: part for name, part in own.items() if part.numel()}
+    spans = {name: span_of(sums[name]) for name in drawn}
+    means = own | _noisy(drawn, spec, key, drawn if donate and spec.grid is None else None, spans)
+    return {name: like(total, means[name]) for name, total in sums.items()}
 
 
 def _separate(sums: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -111,19 +156,21 @@ def apply(optimizer: torch.optim.Optimizer, model: nn.Module, gradient: PrivateG
     Raises:
         TypeError: anything but a ``PrivateGradient``.
         ValueError: the gradient is for other parameters than the model's trainable ones.
+        RankLost: the optimizer shares its state among ranks, and one has ended.
     """
     if not isinstance(gradient, PrivateGradient):
         raise TypeError(
             f"an optimizer step takes a PrivateGradient and was given {type(gradient).__name__}: "
             "pass the clipped sum through privatize first."
         )
+    reshard(model)
     parameters = trainable(model)
     if parameters.keys() != gradient.grads.keys():
         raise ValueError("the private gradient is for other parameters than the model's trainable ones.")
     for name, p in parameters.items():
         p.grad = _like(p, gradient.grads[name])
     try:
-        with section("optimizer step"):
+        with section("optimizer step"), lost_ranks():  # ZeroRedundancyOptimizer sends weights around
             optimizer.step()
     finally:
         for p in parameters.values():

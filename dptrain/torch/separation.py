@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from . import routing
@@ -68,9 +68,9 @@ def _check(understudy: Understudy, structure: Structure, size: int, attempt: int
     rows = understudy.stand_ins(size, attempt)
     kept = torch.zeros(size, dtype=torch.bool)
     kept[torch.randperm(size, generator=torch.Generator().manual_seed(attempt))[: (size + 1) // 2]] = True
-    written = _parameter_digest(understudy.model)
+    written = understudy.parameter_digest()
     first = _record(understudy, structure, rows, kept)
-    if _parameter_digest(understudy.model) != written:
+    if understudy.parameter_digest() != written:
         raise Refused(WRITTEN)
     if first is None:
         return None
@@ -95,7 +95,7 @@ def _record(understudy: Understudy, structure: Structure, rows, kept, known=None
     called = names(facts)
     record = Record(losses.detach(), findings, {}, {}, {}, set())
     for name, use in zip(called, capture.uses):
-        if use.value.grad_fn is not None:
+        if use.value.grad_fn is not None and use.value.untyped_storage().nbytes():
             record.values[name] = _value_digest(use)
 
     def look(use: Use, a: Tensor | None, g: Tensor) -> None:
@@ -207,10 +207,6 @@ def choose(keep: Tensor, rows: Any, new: Any) -> Any:
     return tree_map(
         lambda t, u: torch.where(_column(keep, t), t, u) if isinstance(t, Tensor) else t, rows, new
     )
-
-
-def _parameter_digest(model: nn.Module) -> list[float]:
-    return [float(p.detach().double().sum()) for p in model.parameters()]
 
 
 def _value_digest(use: Use) -> tuple[float, float]:

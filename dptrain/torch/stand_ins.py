@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .uses.base import is_channels_last
@@ -45,16 +45,14 @@ def random_state(parameters: dict[str, Tensor]) -> tuple:
 
 
 @torch.no_grad()
-def randomise(model: nn.Module, original: nn.Module, attempt: int) -> None:
-    """Parameters near the original's own, but with no zero left to hide behind; at last as they are."""
+def randomised(parameters: Iterable[tuple[str, Tensor]], attempt: int) -> Iterator[tuple[str, Tensor]]:
+    """By name, what to add to parameters so that no zero is left to hide behind; at last nothing."""
     scale = (0.5, 0.2, 0.05, 0.0)[attempt % 4]
     generator = torch.Generator().manual_seed(1000 + attempt)
-    for name, mine in model.named_parameters():
-        if not mine.is_floating_point() or not mine.numel():
-            continue
-        fan_in = mine[0].numel() if mine.dim() > 1 else 9
-        noise = torch.randn(mine.shape, generator=generator) * (scale / max(1, fan_in) ** 0.5)
-        mine.copy_(original.get_parameter(name).nan_to_num() + noise.to(mine.device, mine.dtype))
+    for name, p in parameters:
+        if p.is_floating_point() and p.numel():
+            fan_in = p.shape[1:].numel() if p.dim() > 1 else 9
+            yield name, torch.randn(p.shape, generator=generator) * (scale / max(1, fan_in) ** 0.5)
 
 
 class StandIns:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .capture import Capture, ignore
-from .errors import Refused, is_final
+from .errors import refusing
 from .guards import check_buffers, check_losses, parameters_untouched, trainable
-from .stand_ins import StandIns, random_state, randomise, seed
+from .stand_ins import StandIns, random_state, randomised, seed
 
 #: attributes that every module has
 EVERY_MODULE_HAS = vars(nn.Module()).keys()
@@ -26,10 +26,14 @@ def _derived(model: nn.Module) -> dict[int, Any]:
     return {id(t): t.detach().clone() for t in held if t.grad_fn is not None}
 
 
-def _plain(module: nn.Module) -> dict[str, Any]:
+def plain(module: nn.Module) -> dict[str, Any]:
     """What a module holds besides parameters, buffers, submodules and hooks: caches, flags, counters."""
     own = vars(module)
-    return {name: own[name] for name in own.keys() - EVERY_MODULE_HAS}
+    names = own.keys() - EVERY_MODULE_HAS
+    return {name: own[name] for name in names if not name.startswith("__composable_api")}  # those are FSDP's
+
+
+NO_COPY = "the model cannot be copied for probing ({}): keep what cannot be copied out of the module."
 
 
 def _copied(value: Any) -> Any:
@@ -55,27 +59,27 @@ class Understudy:
         batch_size: int,
     ):
         self.original, self.loss_fn = model, loss_fn
-        try:
-            self.model = copy.deepcopy(model, _derived(model))
-        except Exception as error:
-            if is_final(error):
-                raise
-            raise Refused(
-                f"the model cannot be copied for probing ({error}): keep what cannot be copied out of "
-                "the module."
-            ) from error
+        with refusing(NO_COPY):
+            self.model = self._double(model)
         self.model.zero_grad(set_to_none=True)
         self.stand_ins = StandIns(batch, mask, batch_size)
-        self.parameters = trainable(self.model)
+        self.parameters = self._trainable()
         #: the last error of the model's own, in a line
         self.failure = ""
         #: whether a forward pass drew random numbers
         self.random = False
         self._buffers = {n: b.clone() for n, b in self.model.named_buffers()}
         self._attributes = [
-            (module, {name: _copied(value) for name, value in _plain(module).items()})
+            (module, {name: _copied(value) for name, value in plain(module).items()})
             for module in self.model.modules()
         ]
+
+    def _double(self, model: nn.Module) -> nn.Module:
+        return copy.deepcopy(model, _derived(model))
+
+    def _trainable(self) -> dict[str, Tensor]:
+        """By name, as a forward pass sees them."""
+        return trainable(self.model)
 
     def widen(self) -> bool:
         """To float64; False if it is no float32 model."""
@@ -90,14 +94,26 @@ class Understudy:
                     attributes[name] = value.double()
         return True
 
+    def everything(self) -> list[Tensor]:
+        """All parameters as a forward pass sees them, frozen ones too."""
+        return list(self.model.parameters())
+
     def randomise(self, attempt: int) -> None:
         """A zero-initialised head would hide what comes before it."""
-        randomise(self.model, self.original, attempt)
+        with torch.no_grad():
+            for name, noise in randomised(self.model.named_parameters(), attempt):
+                mine = self.model.get_parameter(name)
+                own = self.original.get_parameter(name).nan_to_num()
+                mine.copy_(own + noise.to(mine.device, mine.dtype))
+
+    def parameter_digest(self) -> list[float]:
+        """What changes with a parameter."""
+        return [float(p.detach().double().sum()) for p in self.model.parameters()]
 
     def reset(self, draw: int = 0) -> None:
         """Buffers, attributes and randomness as at the start; ``draw`` picks the random numbers."""
         for module, attributes in self._attributes:
-            for name in _plain(module).keys() - attributes.keys():
+            for name in plain(module).keys() - attributes.keys():
                 del module.__dict__[name]
             module.__dict__.update({name: _copied(value) for name, value in attributes.items()})
         for name, buffer in self.model.named_buffers():
@@ -127,9 +143,9 @@ class Understudy:
         return self._forward(rows, size, layouts)
 
     def _forward(self, rows: Any, size: int, layouts: Any) -> tuple[Capture, Tensor]:
-        capture = Capture(self.parameters, size, ignore, layouts, self.model.parameters())
+        capture = Capture(self.parameters, size, ignore, layouts, self.everything())
         batch = tree_map(lambda t: capture.mark_data(t.clone()) if isinstance(t, Tensor) else t, rows)
-        with parameters_untouched(self.model), torch.enable_grad(), capture:
+        with parameters_untouched(self.everything()), torch.enable_grad(), capture:
             losses = self.loss_fn(self.model, batch)
         check_losses(losses, size)
         check_buffers(self.model, capture)

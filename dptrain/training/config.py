@@ -24,6 +24,7 @@ NormalizationName = Literal["auto", "half", "imagenet", "none"]
 AccountantName = Literal["pld", "rdp"]
 EngineName = Literal["torch", "jax"]
 RestartName = Literal["afresh", "replay"]
+ShardName = Literal["none", "optimizer"]
 
 
 PATHS = ("data_dir", "weights", "out")
@@ -33,11 +34,13 @@ MACHINE_SETTINGS = frozenset(
         "download",
         "workers",
         "device",
+        "devices",
         "out",
         "tensorboard",
         "show_unprotected",
         "restart",
         "checkpoint_every",
+        "shard",
     }
 )
 """What may differ when a run is resumed: where it runs and what it tells, not what it computes."""
@@ -58,8 +61,9 @@ class TrainConfig:
 
     # Data
     data: str = "digits"
-    """digits, mnist, fashion-mnist, cifar10, cifar100, an image folder with train/ and test/, or
-    hf:NAME[:CONFIGURATION] or hf:PATH: texts or images that the library datasets reads."""
+    """digits, mnist, fashion-mnist, cifar10, cifar100, an image folder with train/ and test/,
+    hf:NAME[:CONFIGURATION] or hf:PATH: texts or images that the library datasets reads, or shards:PATH:
+    a folder of safetensors, Arrow or Parquet files of any size, read by index (docs/large-data.md)."""
     data_dir: Path | None = None
     """Where data sets lie; by default the environment variable DPTRAIN_DATA, else ./data."""
     download: bool = False
@@ -69,13 +73,14 @@ class TrainConfig:
     normalization: NormalizationName = "auto"
     """auto: what the model was made for, else half; half: to [-1, 1]; none: to [0, 1]."""
     workers: int | None = None
-    """Processes that decode an image folder ahead; by default one per core, up to 8."""
+    """Processes that decode an image folder ahead, or threads that read shards: ahead; by default one per
+    core, up to 8."""
     validation_fraction: float = 0.0
     """Part of the training set to hold out and evaluate on, in place of the test set."""
     text_column: str | None = None
     """Of hf: data, the column of texts, or two for pairs (A,B); by default the only one there is."""
     label_column: str | None = None
-    """Of hf: data, the column of labels; by default the only one with classes, or label."""
+    """Of hf: and shards: data, the column of labels; by default the only one with classes, or label."""
     tokenizer: str | None = None
     """A tokenizer on the hub or in a folder; by default the model's own."""
     max_length: int | None = None
@@ -128,6 +133,9 @@ class TrainConfig:
     # Optimisation
     logical_batch_size: float = 512.0
     """Expected number of examples per step (L); each is drawn with probability L / N."""
+    max_logical_batch_size: int | None = None
+    """At most so many examples per step: of a larger sample a random part is left out (truncated Poisson
+    sampling, accounted as such). Neighbouring data sets then differ in what one example is, not in size."""
     physical_batch_size: Annotated[int | Literal["auto"], tyro.conf.arg(metavar="INT|auto")] = "auto"
     """Examples computed at once; auto: the smallest within 3 % of the best throughput that fits."""
     epochs: float | None = None
@@ -150,10 +158,14 @@ class TrainConfig:
     """torch or jax. JAX has the small networks, ViT and BiT, and compiles once for the run."""
     device: str = "auto"
     """cuda, cpu, ..., or auto: a GPU if there is one."""
+    devices: int = 1
+    """With --engine jax: on how many devices to train, each with physical batches of its own."""
     precision: PrecisionName = "fp32"
     """Compute type; norms, sums and noise are float32 in any case."""
     compile: bool = False
     """One compiled graph for the whole private step; a model for which there is none runs uncompiled."""
+    shard: ShardName = "none"
+    """Under torchrun, what the ranks share out: optimizer: its state, of which each keeps a part (ZeRO-1)."""
 
     # Output
     out: Path | None = None
@@ -242,6 +254,7 @@ def _check(config: TrainConfig) -> None:
         "delta",
         "clip_norm",
         "logical_batch_size",
+        "max_logical_batch_size",
         "epochs",
         "steps",
         "lr",
@@ -251,6 +264,7 @@ def _check(config: TrainConfig) -> None:
         "lora_alpha",
         "evaluations",
         "checkpoint_every",
+        "devices",
     )
     for name in positive:
         value = getattr(config, name)
@@ -265,6 +279,14 @@ def _check(config: TrainConfig) -> None:
         raise ConfigError(
             f"--delta is {config.delta}: give a number well below 1 / (number of training examples)."
         )
+    most = config.max_logical_batch_size
+    if most is not None and most < config.logical_batch_size:
+        raise ConfigError(
+            f"--max-logical-batch-size is {most}, below the {config.logical_batch_size:g} examples that are "
+            "expected: give six standard deviations more, L + 6 sqrt(L), and it costs no privacy."
+        )
+    if most is not None and config.accountant == "rdp":
+        raise ConfigError("--max-logical-batch-size is accounted by --accountant pld alone; leave rdp out.")
     if config.physical_batch_size != "auto" and config.physical_batch_size < 1:
         raise ConfigError(
             f"--physical-batch-size is {config.physical_batch_size}: give a positive number or auto."
@@ -283,9 +305,13 @@ def _check(config: TrainConfig) -> None:
         raise ConfigError(
             "--compile is for --engine torch; the JAX engine compiles every step: leave it out."
         )
+    if config.engine != "jax" and config.devices > 1:
+        raise ConfigError("--devices is for --engine jax: with PyTorch, torchrun starts a process for each.")
     if config.hardened and (config.engine == "jax" or config.compile or config.method == "non-private"):
         other = "--engine jax" if config.engine == "jax" else "--compile" if config.compile else "non-private"
         raise ConfigError(f"--hardened is for private, uncompiled steps of --engine torch, not for {other}.")
+    if config.engine == "jax" and config.shard != "none":
+        raise ConfigError("--shard is for --engine torch under torchrun: leave it out.")
     if config.seed is not None and config.seed < 0:
         raise ConfigError(
             f"--seed is {config.seed}: give a number of at least 0, or leave it out for secure randomness."

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import torch
 from jax import Array
+from jax.sharding import Mesh, PartitionSpec
 from torch import nn
 
 from dptrain import jax as dpj
@@ -48,7 +49,8 @@ class JaxLearner:
         self.run, self.taken, self.is_whole, self.size = run, 0, True, 0
         self.forward = translated(run.learner, config.model, run.train.num_classes, run.train.input_shape)
         own = dict(run.learner.named_parameters())
-        self.device = _device(config.device)
+        devices = _devices(config.device, config.devices)
+        self.device = devices[0]
         if config.precision == "tf32" and self.device.platform != "gpu":
             raise ConfigError(
                 f"--precision tf32 is for a GPU, and JAX runs on {self.device.device_kind} here."
@@ -64,11 +66,20 @@ class JaxLearner:
         with self._settings():
             self.optimizer_state = self.optimizer.init(self.params)
             self.average = jax.tree.map(jnp.copy, self.params) if config.weight_average else None
+        mesh = Mesh(np.array(devices), ("devices",)) if len(devices) > 1 else None
         clipped = dpj.clipped_grad(
-            self._loss, clip_norm=config.clip_norm, method=run.method, batch_argnums=(1, 2)
+            self._loss, clip_norm=config.clip_norm, method=run.method, batch_argnums=(1, 2), mesh=mesh
         )
         self.accumulator = dpj.Accumulator(clipped)
-        self._apply = jax.jit(self._updated, donate_argnums=(0, 1, 2))
+        self.devices = len(devices)
+        self._place = None if clipped.on_mesh is None else clipped.on_mesh.placement
+        self._put_where_they_belong()
+        where = None
+        if self._place is not None:
+            kept = self.params, self.optimizer_state, self.average
+            where = jax.tree.map(lambda x: x.sharding, kept)
+            self.frozen = self._place.put(self.frozen, jax.tree.map(lambda _: PartitionSpec(), self.frozen))
+        self._apply = jax.jit(self._updated, donate_argnums=(0, 1, 2), out_shardings=where)
 
     def _loss(self, params: dict, image: Array, label: Array, frozen: dict) -> Array:
         everything = {**params, **frozen}
@@ -101,8 +112,8 @@ class JaxLearner:
         compiles()
         self.size = size
         with self._settings():
-            stand_in = _arrays(run.train.stand_in(size))
-            self._add(self.accumulator.zeros(self.params), stand_in, np.ones(size, bool))
+            stand_in = _arrays(run.train.stand_in(size * self.devices))
+            self._add(self.accumulator.zeros(self.params), stand_in, np.ones(size * self.devices, bool))
         return size, []
 
     def steps(self, key: Key, before_release: BeforeRelease) -> Iterator[Step]:
@@ -116,7 +127,7 @@ class JaxLearner:
 
     def _steps(self, key: Key, before_release: BeforeRelease) -> Iterator[Step]:
         run = self.run
-        batches = pieces(run, self.size, key, self.taken)
+        batches = pieces(run, self.size * self.devices, key, self.taken)
         for index in range(self.taken, run.mechanism.steps):
             spec = run.mechanism.step(index)
             total, parts = self.accumulator.zeros(self.params), []
@@ -127,7 +138,8 @@ class JaxLearner:
                     parts.append((_tensor(out.losses), _tensor(out.norms), mask.cpu()))
                 if is_last:
                     break
-            gradient = dpj.privatize(out, spec, key.child("noise", index), donate=True)
+            clipped = self.accumulator.finish(total)
+            gradient = dpj.privatize(clipped, spec, key.child("noise", index), donate=True)
             before_release(index, spec, gradient.on_host)
             self.is_whole = False
             # As torch's average: it begins with the weights after the first step.
@@ -156,7 +168,16 @@ class JaxLearner:
             self.optimizer_state = jax.tree.unflatten(tree, [restored[name] for name in numbered])
             if self.average is not None:
                 self.average = _put(self.average, under("average", state.tensors))
+        self._put_where_they_belong()
         self.taken = taken
+
+    def _put_where_they_belong(self) -> None:
+        """On a mesh: weights on each device, the optimizer's state in shards."""
+        if self._place is not None:
+            self.params = self._place.put_params(self.params)
+            self.optimizer_state = self._place.put_shards(self.optimizer_state)
+            if self.average is not None:
+                self.average = self._place.put_params(self.average)
 
     def _add(self, total: Any, batch: tuple, mask: np.ndarray) -> dpj.ClippedSum:
         return self.accumulator.add(total, self.params, *batch, self.frozen, mask=mask)
@@ -174,15 +195,19 @@ class JaxLearner:
                 parameter.copy_(_tensor(kept[name]))
 
 
-def _device(name: str) -> jax.Device:
-    """The device called `name`, as for torch; `auto` is what JAX takes by itself."""
-    if name == "auto":
-        return jax.devices()[0]
-    kind, _, number = name.partition(":")
+def _devices(name: str, number: int) -> list[jax.Device]:
+    """So many devices from that called `name` on, as for torch; `auto` is what JAX takes by itself."""
+    kind, _, first = name.partition(":")
     try:
-        return jax.devices("gpu" if kind == "cuda" else kind)[int(number or 0)]
-    except (RuntimeError, IndexError, ValueError) as error:
+        if kind == "auto":
+            found = jax.devices()
+        else:
+            found = jax.devices("gpu" if kind == "cuda" else kind)[int(first or 0) :]
+    except (RuntimeError, ValueError) as error:
         raise ConfigError(f"JAX has no device {name!r} here; try --device auto.") from error
+    if len(found) < number:
+        raise ConfigError(f"JAX has {len(found)} devices of {name!r} here: --devices cannot be {number}.")
+    return found[:number]
 
 
 def _arrays(batch: tuple) -> tuple[np.ndarray, np.ndarray]:

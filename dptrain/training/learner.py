@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from dptrain import torch as dpt
 from dptrain.core.entropy import Key
@@ -15,6 +16,7 @@ from dptrain.core.releases import Numbers
 from dptrain.core.spec import StepSpec
 from dptrain.optim import average_of, build_optimizer, build_schedule
 from dptrain.torch.physical_batch import Trial, choose
+from dptrain.torch.ranks import ALONE, Ranks, lost_ranks
 from dptrain.training.checkpoint import CheckpointError
 from dptrain.training.loop import (
     BeforeRelease,
@@ -37,12 +39,28 @@ class State:
     numbers: dict[str, Any]
 
 
+def shared(state: State | None, ranks: Ranks) -> State:
+    """Rank 0's state on all ranks."""
+    kinds = None
+    if state is not None:
+        kinds = [[n, list(t.shape), str(t.dtype).removeprefix("torch.")] for n, t in state.tensors.items()]
+    kinds, numbers = ranks.tell([kinds, state and state.numbers])
+    if state is None:
+        tensors = {
+            name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, shape, dtype in kinds or []
+        }
+        state = State(tensors, numbers)
+    ranks.share(state.tensors.values())
+    return state
+
+
 class Learner(Protocol):
     """One run's weights on their way.
 
     Attributes:
         taken: steps that have been taken.
-        is_whole: whether the weights are those after `taken` steps; while one is being applied they are not.
+        is_whole: whether `state` is all that there is after `taken` steps: not while one is being applied,
+            nor while ranks have parts of it.
     """
 
     taken: int
@@ -87,17 +105,23 @@ class TorchLearner:
     def __init__(self, run: Run) -> None:
         config = run.config
         self.run, self.taken, self.is_whole, self.size = run, 0, True, 0
-        self.optimizer = build_optimizer(
-            config.optimizer, run.learner.parameters(), config.lr, config.weight_decay
-        )
-        self.schedule = build_schedule(config.lr_schedule, self.optimizer, run.mechanism.steps)
+        self.ranks = ALONE
+        self._build_optimizer()
         self.average = average_of(run.learner, config.weight_average) if config.weight_average else None
         self.clipped: dpt.ClippedGrad | None = None
+
+    def _build_optimizer(self) -> None:
+        config = self.run.config
+        shared = self.ranks.group if config.shard == "optimizer" else None
+        chosen = self.run.learner.parameters()
+        self.optimizer = build_optimizer(config.optimizer, chosen, config.lr, config.weight_decay, shared)
+        self.schedule = build_schedule(config.lr_schedule, self.optimizer, self.run.mechanism.steps)
 
     def get_ready(self, compiles: Callable[[], None]) -> tuple[int, list[Trial]]:
         run, config = self.run, self.run.config
         run.learner.train()
         options = {"clip_norm": config.clip_norm, "method": run.method, "grid": run.mechanism.grid}
+        options |= {"ranks": ALONE}  # until they join
         clipped = dpt.clipped_grad(run.learner, make_loss(run), **options)
         size, trials = config.physical_batch_size, []
         if size == "auto":  # measured uncompiled: to compile each size would take minutes
@@ -111,6 +135,33 @@ class TorchLearner:
         self.clipped, self.size = clipped, size
         return size, trials
 
+    def join(self, ranks: Ranks) -> None:
+        """Share the steps from now on with other ranks, which go on from where rank 0 is. Called by all."""
+        assert self.clipped is not None
+        state = shared(self.state() if ranks.leads else None, ranks)
+        taken = ranks.tell(self.taken)
+        self.ranks = ranks
+        if self.shares_out:
+            self._build_optimizer()
+        if self.shares_out or not ranks.leads:
+            self.restore(taken, state)
+        ranks.share(buffer for _, buffer in self.run.model.named_buffers())
+        ranks.check_alike("weights", dict(self.run.model.named_parameters()))
+        self.clipped.ranks = ranks
+        self.is_whole = not self.shares_out
+
+    @property
+    def shares_out(self) -> bool:
+        """Whether this rank has only a part of what `state` has, until all `gather`."""
+        return self.run.config.shard != "none" and not self.ranks.alone
+
+    def gather(self) -> None:
+        """Bring together on rank 0 what ranks share out. Called by all."""
+        if isinstance(self.optimizer, ZeroRedundancyOptimizer):
+            with lost_ranks():
+                self.optimizer.consolidate_state_dict(to=0)
+        self.is_whole = True
+
     def steps(self, key: Key, before_release: BeforeRelease) -> Iterator[Step]:
         assert self.clipped is not None
 
@@ -118,12 +169,14 @@ class TorchLearner:
             before_release(index, spec, numbers)
             self.is_whole = False
 
-        steps = logical_steps(self.run, self.clipped, self.optimizer, self.size, key, self.taken, release)
+        steps = logical_steps(
+            self.run, self.clipped, self.optimizer, self.size, key, self.taken, release, self.ranks
+        )
         for step in steps:
             self.schedule.step()
             if self.average is not None:
                 self.average.update_parameters(self.run.learner)
-            self.taken, self.is_whole = step.number, True
+            self.taken, self.is_whole = step.number, not self.shares_out
             yield step
 
     def state(self) -> State:

@@ -14,10 +14,11 @@ from torch.nn import functional
 from dptrain import torch as dpt
 from dptrain.core.entropy import Key
 from dptrain.core.releases import Numbers
-from dptrain.core.sampling import LogicalSampler, PhysicalBatch, physical_batches
+from dptrain.core.sampling import LogicalSampler, PhysicalBatch, physical_batches, share
 from dptrain.core.spec import StepSpec
 from dptrain.data import Batch
 from dptrain.models import logits
+from dptrain.torch.ranks import ALONE, Ranks
 from dptrain.training.device import autocast
 from dptrain.training.prepare import Run
 
@@ -72,21 +73,24 @@ def logical_steps(
     key: Key,
     first: int,
     before_release: BeforeRelease,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Step]:
     """Take the steps of the run's mechanism from index `first` on, one per item.
 
     Each is a function of the weights before it, the data and (key, index) alone: a step that is repeated
     with the same key is the same, and with another key shares no randomness with it.
 
-    clipped: what `dpt.clipped_grad` returned. key: the run's secret.
+    clipped: what `dpt.clipped_grad` returned. key: the run's secret. ranks: that all take these steps, each
+    with its share of the examples.
     """
-    batches = pieces(run, physical_batch_size, key, first)
+    batches = pieces(run, physical_batch_size, key, first, ranks)
+    own = () if ranks.alone else (ranks.rank,)  # examples on different ranks draw different numbers
     for index in range(first, run.mechanism.steps):
         spec = run.mechanism.step(index)
         total, parts = None, []
-        with random_state(key.child("forward", index), run.device):
+        with random_state(key.child("forward", index, *own), run.device):
             for batch, mask, is_last in batches:
-                total = clipped(batch, mask, into=total)
+                total = clipped(batch, mask, into=total, last=is_last)
                 if run.config.show_unprotected:
                     parts.append((total.losses[-len(mask) :], total.norms[-len(mask) :], mask))
                 if is_last:
@@ -106,9 +110,9 @@ def random_state(key: Key, device: torch.device) -> Iterator[None]:
 
 
 def pieces(
-    run: Run, physical_batch_size: int, key: Key, first: int
+    run: Run, physical_batch_size: int, key: Key, first: int, ranks: Ranks = ALONE
 ) -> Iterator[tuple[Batch, torch.Tensor, bool]]:
-    """(batch, mask [P] bool, whether it ends its step) of the run from step `first` on.
+    """(batch, mask [P] bool, whether it ends its step) of this rank's share of the run from step `first` on.
 
     The data set may read ahead. Every step has at least one piece: an empty logical batch is one
     piece that is masked throughout.
@@ -119,7 +123,8 @@ def pieces(
     def indices() -> Iterator[torch.Tensor]:
         for step in range(first, run.mechanism.steps):
             sampler = LogicalSampler(len(run.train), run.mechanism.step(step).sampling, key)
-            parts = list(physical_batches(sampler.sample(step), physical_batch_size))
+            drawn = share(sampler.sample(step), ranks.rank, ranks.size)
+            parts = list(physical_batches(drawn, physical_batch_size))
             for number, piece in enumerate(parts, 1):
                 waiting.append((piece, number == len(parts)))
                 yield torch.from_numpy(piece.indices)

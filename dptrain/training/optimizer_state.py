@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -50,7 +51,10 @@ def _restore(optimizer: Optimizer, schedule: LRScheduler, tensors: Tensors, numb
     for key, value in {**tensors, **numbers["state"]}.items():
         index, _, name = key.partition("/")
         state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    # As ``state_dict`` has them, which an optimizer that ranks share would have to bring together first.
+    number = itertools.count()
+    groups = [group | {"params": [next(number) for _ in group["params"]]} for group in optimizer.param_groups]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
     schedule.load_state_dict(numbers["schedule"] | {"lr_lambdas": [None] * len(optimizer.param_groups)})
     for group, rate in zip(optimizer.param_groups, numbers["rates"], strict=True):
         group["lr"] = rate

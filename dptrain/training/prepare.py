@@ -10,9 +10,11 @@ from torch import nn
 
 from dptrain import torch as dpt
 from dptrain.core import methods
+from dptrain.core.accounting import REPLACE_SPECIAL
 from dptrain.core.budget import steps_in
 from dptrain.core.entropy import Key
 from dptrain.core.mechanism import Mechanism
+from dptrain.core.spec import TRUNCATED_POISSON
 from dptrain.data import (
     Columns,
     DataError,
@@ -35,7 +37,7 @@ from dptrain.models import (
 from dptrain.training.config import ConfigError, TrainConfig
 from dptrain.training.device import check_precision, resolve_device
 from dptrain.training.make_model import Made, make_model
-from dptrain.training.saved import Saved, restore_fixed
+from dptrain.training.saved import Tensors, restore_fixed
 
 VALIDATION_SEED = 1
 """The split of --validation-fraction is public and the same in every run."""
@@ -75,10 +77,11 @@ class Run:
         return methods.resolve(self.method).is_private
 
 
-def prepare(config: TrainConfig, saved: Saved | None = None) -> Run:
+def prepare(config: TrainConfig, fixed: Tensors | None = None, key: Key | None = None) -> Run:
     """Load, build, select, calibrate.
 
-    saved: the run that is to go on, whose frozen weights are taken in place of pre-trained ones.
+    fixed: frozen weights of the run that is to go on, taken in place of pre-trained ones. key: the run's, if
+    it has one already.
 
     Raises ConfigError, DataError or ModelError (all ValueErrors of one sentence).
     """
@@ -88,18 +91,19 @@ def prepare(config: TrainConfig, saved: Saved | None = None) -> Run:
     device = resolve_device(config.device if config.engine == "torch" else "cpu")
     if config.engine == "torch":
         check_precision(config.precision, device)
-    key = Key.from_entropy() if config.seed is None else Key.from_seed(config.seed)
+    key = key or (Key.from_entropy() if config.seed is None else Key.from_seed(config.seed))
 
     wanted = preferences(config.model)
     splits = load_splits(config, wanted, device)
     mechanism = make_mechanism(config, len(splits.train), private=method.is_private)
 
     # All that a saved run had loaded is in its own files.
-    made = _initialised(replace(config, pretrained=False, weights=None) if saved else config, splits, key)
+    plain = config if fixed is None else replace(config, pretrained=False, weights=None)
+    made = _initialised(plain, splits, key)
     model = made.model.to(device)
     trainable = select_trainable(model, config.trainable)
-    if saved is not None:
-        restore_fixed(model, saved.fixed)
+    if fixed is not None:
+        restore_fixed(model, fixed)
     learner = model
     if config.cache_features:
         backbone, learner = split_head(model)
@@ -172,6 +176,11 @@ def make_mechanism(config: TrainConfig, dataset_size: int, private: bool) -> Mec
         "expected_batch_size": expected,
         "delta": config.delta,
     }
+    if config.max_logical_batch_size is not None:
+        constants["sampler"] = TRUNCATED_POISSON
+        constants["max_batch_size"] = config.max_logical_batch_size
+        constants["dataset_size"] = dataset_size
+        constants["neighbours"] = REPLACE_SPECIAL  # it is not accounted for data sets of different sizes
     if not private:
         return Mechanism.constant(noise_multiplier=0.0, **constants)
     if config.noise_multiplier is not None:

@@ -13,12 +13,16 @@ from dptrain.core.entropy import Key
 from dptrain.core.ledger import Ledger
 from dptrain.core.releases import NotTheSame, Releases
 from dptrain.core.remembered import Consulted, recalling
+from dptrain.core.shared_releases import SharedReleases
+from dptrain.core.team import RankLost
+from dptrain.torch.ranks import ALONE, Ranks
 from dptrain.training import secret
 from dptrain.training.checkpoint import Checkpoint, Checkpoints, write
 from dptrain.training.config import ConfigError
 from dptrain.training.evaluation import Score, evaluate
 from dptrain.training.facts import Facts
 from dptrain.training.identity import identity
+from dptrain.training.interruption import undisturbed
 from dptrain.training.learner import Learner, State, TorchLearner
 from dptrain.training.listener import Listener
 from dptrain.training.loop import Step
@@ -37,8 +41,10 @@ class StorageError(ValueError):
 class Session:
     """The moving parts of one run, in one process."""
 
-    def __init__(self, run: Run, folder: RunFolder, saved: Saved | None, listener: Listener) -> None:
-        self.run, self.folder, self.saved, self.listener = run, folder, saved, listener
+    def __init__(
+        self, run: Run, folder: RunFolder, saved: Saved | None, listener: Listener, ranks: Ranks = ALONE
+    ) -> None:
+        self.run, self.folder, self.saved, self.listener, self.ranks = run, folder, saved, listener, ranks
         self.score: Score | None = None
         self.scored_at = -1
         self.learner = _learner(run)
@@ -50,7 +56,7 @@ class Session:
         self.started = time.perf_counter()
         self.size = 0
         self.ledger: Ledger
-        self.releases: Releases
+        self.releases: Releases | SharedReleases
 
     def run_to_end(self) -> Outcome:
         """Take the steps that are left, and leave everything in the run folder."""
@@ -59,7 +65,20 @@ class Session:
             self.listener.chose_physical_batch_size(self.size, trials)
             with self._new_ledger() if self.saved is None else self.saved.ledger as self.ledger:
                 self._begin() if self.saved is None else self._go_on(self.saved)
-                return self._to_end()
+                try:
+                    if not self.ranks.alone:
+                        self._gather_ranks()
+                    return self._to_end()
+                except KeyboardInterrupt as error:  # in the beginning, or in what an earlier one led to
+                    raise KeyboardInterrupt(f"Interrupted. {self._how_to_go_on()}") from error
+
+    def _gather_ranks(self) -> None:
+        """Those that follow get the plan, the weights and all that the next step depends on."""
+        self.ranks.tell({"size": self.size, "measured": self.measured})
+        assert isinstance(self.learner, TorchLearner) and isinstance(self.releases, Releases)
+        self.learner.join(self.ranks)
+        own = self.releases
+        self.releases = SharedReleases(lambda: own, self.ranks)
 
     def _new_ledger(self) -> Ledger:
         """The run folder, its configuration and its ledger."""
@@ -123,7 +142,13 @@ class Session:
                         "those after it are drawn afresh and paid for."
                     )
         except KeyboardInterrupt:
-            return self._finish(interrupted=True)
+            with undisturbed(but_by_hand=self.ranks.alone):
+                return self._finish(interrupted=True)
+        except RankLost as lost:
+            with undisturbed():
+                if self.learner.is_whole:
+                    self._checkpoint()
+            raise RankLost(f"{lost} {self._how_to_go_on()}") from lost
         except StorageError:
             raise
         except Exception:
@@ -152,7 +177,12 @@ class Session:
             self._record({"event": "unprotected", "step": step.number, **asdict(step.unprotected)})
         if step.number in due:
             self._evaluate(epsilon)
-        if self.pace.is_due(step.number):
+        due_now = self.pace.is_due(step.number)
+        if isinstance(self.learner, TorchLearner) and self.learner.shares_out:
+            self.ranks.tell(due_now)
+            if due_now:
+                self.learner.gather()
+        if due_now:
             self._checkpoint()
 
     def _checkpoint(self) -> None:
@@ -250,9 +280,12 @@ class Session:
             yield
         except OSError as error:
             raise StorageError(
-                f"the run's files cannot be written ({error.strerror or error}): what was released is on "
-                f"record; make room, then go on with --resume {self.folder.path}."
+                f"the run's files cannot be written ({error.strerror or error}): make room. "
+                + self._how_to_go_on()
             ) from error
+
+    def _how_to_go_on(self) -> str:
+        return f"What was released is on record: go on with --resume {self.folder.path}."
 
 
 def _learner(run: Run) -> Learner:

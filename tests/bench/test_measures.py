@@ -52,6 +52,21 @@ def test_throughput(tmp_path):
     assert found["ratio_to_non_private"] == pytest.approx(min(baselines.values()) / own["logical_step_s"])
 
 
+def test_several_devices_race_side_by_side(tmp_path):
+    found = measured(tmp_path, measure="scaling", devices=2, method="bk-ghost", accumulate=3)
+    assert found["exactness"]["verdict"] == "exact" and found["baseline"] == "non-private DDP"
+    own = found["contestants"]["torch bk-ghost"]
+    assert own["examples_per_s"] == pytest.approx(2 * 4 * 3 / own["logical_step_s"])
+    rounds = {len(c["raw_end_of_logical_step_s"]) for c in found["contestants"].values()}
+    assert len(rounds) == 1 and rounds.pop() >= 5
+
+
+def test_what_there_is_not_is_not_measured(tmp_path):
+    for changes in ({"devices": 999}, {"devices": 2, "engine": "jax"}):
+        (record,) = runs.run([Case(**TINY | {"measure": "scaling"} | changes)], tmp_path)
+        assert record.status == "unsupported" and record.sentence
+
+
 def test_a_wrong_sum_is_seen_where_it_is_timed(monkeypatch):
     """Also one that is exact in float64: the contestant that is timed is judged itself."""
     ours = torch_engine.dpt.clipped_grad
@@ -138,6 +153,7 @@ def test_interval_of_a_mean():
     assert interval_of_mean([1.0]) is None
 
 
+@pytest.mark.slow
 def test_batch_size_under_a_limit(tmp_path):
     found = measured(
         tmp_path, measure="batch-size", model="mlp", image_size=64, method="per-example", memory_gib=0.6
@@ -196,7 +212,7 @@ def test_what_is_not_there_is_unsupported(tmp_path):
     assert sentences == [
         "there is no device cuda:7 here.",
         "tf32 is for a GPU.",
-        "several devices are not supported yet.",
+        "several devices are for the measure scaling, and for the PyTorch engine.",
     ]
 
 
@@ -289,6 +305,7 @@ def test_everything_is_listed(capsys):
         assert name in listed
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_is_finished(tmp_path):
     """The process of a case does not hear of it; its parent ends it and says what there is."""
     options = ["compile", "--model", "linear", "vit-base", "--image-size", "32", "--batch-size", "4"]

@@ -190,3 +190,10 @@ def test_next_to_no_noise_is_accounted_in_no_memory_to_speak_of():
         for sigma in (1e-6, 1e-3, 0.02, 0.05, 0.2)
     ]
     assert found == sorted(found, reverse=True) and found[0] < float("inf") and found[-1] < 1000
+
+
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+def test_noise_beyond_all_measure_is_accounted_as_much(accountant):
+    spec = {"clip_norm": 1.0, "sample_rate": 0.25, "expected_batch_size": 8, "delta": 1e-5}
+    mechanism = Mechanism.constant(**spec, noise_multiplier=1e300, steps=10)
+    assert mechanism.epsilon(accountant=accountant) < 1e-6

@@ -11,7 +11,7 @@ from scipy import stats
 
 from dptrain.core import rounded_gaussian
 from dptrain.core.entropy import Key
-from dptrain.core.gaussian import BLOCK, Place
+from dptrain.core.gaussian import BLOCK, PAIRS, Place
 from dptrain.core.noise import noisy_mean_on_grid
 from dptrain.core.rounded_gaussian import RoundedGaussians, streams_of
 
@@ -21,7 +21,7 @@ USUAL = 1.3 * 2.0**24
 
 def drawn(stddev, size=2**15, block=0, name="w", key=KEY):
     source = RoundedGaussians(key, stddev, (size + 1) // 2)
-    return source.draw([Place(streams_of(name), block, size)])[0].copy()
+    return source.draw([Place(streams_of(name), block * PAIRS, (size + 1) // 2)])[0].copy()
 
 
 def first_words(name, pairs):
@@ -282,7 +282,7 @@ def fit(stddev, size, key=KEY):
     def some(share):
         mine, source = Tally(stddev), RoundedGaussians(key, stddev, BLOCK // 2)
         for block in share:
-            mine.add(source.draw([Place(streams_of("w"), block, BLOCK)])[0])
+            mine.add(source.draw([Place(streams_of("w"), block * PAIRS, PAIRS)])[0])
         return mine
 
     with ThreadPoolExecutor(2) as pool:

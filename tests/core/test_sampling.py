@@ -1,11 +1,11 @@
 """Logical batches have the distribution that is accounted; physical ones lose nothing.
 
-Statistical tests draw from fixed seeds, so they are repeatable. Each states the
-significance α at which a right implementation would fail for a random seed.
+Statistical tests draw from fixed seeds, so they are repeatable. ALPHA is the significance at which
+a right implementation would fail one for a random seed. The law of Poisson samples is tested in
+`test_sampling_law.py`.
 """
 
 import math
-import time
 import tracemalloc
 
 import numpy as np
@@ -14,16 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from dptrain.core import sampling
 from dptrain.core.entropy import Key
 from dptrain.core.sampling import (
     LogicalSampler,
+    physical_batch_count,
     physical_batches,
     poisson_sample,
+    share,
     uniform_subset,
 )
 from dptrain.core.spec import Sampling
 
-ALPHA = 1e-4
+ALPHA = 1e-8
 
 
 def sampler(n, q, seed=0, name="poisson", **sizes):
@@ -36,54 +39,6 @@ def inclusions(a_sampler, steps):
     for step in range(steps):
         drawn[step, a_sampler.sample(step)] = True
     return drawn
-
-
-# 0.6 takes the way of the complement.
-@pytest.mark.parametrize("q", [0.05, 0.3, 0.6])
-def test_poisson_inclusion_rate_is_q_for_every_example(q):
-    steps, n = 4000, 20
-    counts = inclusions(sampler(n, q), steps).sum(axis=0)
-    # χ² with N degrees of freedom, over all examples at once; α = 1e-4, two-sided.
-    statistic = ((counts - steps * q) ** 2 / (steps * q * (1 - q))).sum()
-    assert stats.chi2.ppf(ALPHA / 2, n) < statistic < stats.chi2.ppf(1 - ALPHA / 2, n)
-
-
-@pytest.mark.parametrize("q", [0.05, 0.3, 0.6])
-def test_poisson_inclusions_are_pairwise_independent(q):
-    steps, n = 4000, 20
-    drawn = inclusions(sampler(n, q, seed=1), steps).astype(float)
-    together = (drawn.T @ drawn)[np.triu_indices(n, 1)]
-    deviation = (together - steps * q**2) / math.sqrt(steps * q**2 * (1 - q**2))
-    # α = 1e-4 over all 190 pairs, by Bonferroni, two-sided.
-    assert np.abs(deviation).max() < stats.norm.isf(ALPHA / 2 / len(together))
-    # A fixed batch size would make every pair rarer by the same little: test the mean,
-    # whose variance is that of pairs of one Binomial count. α = 1e-4.
-    pairs = drawn.sum(axis=1) * (drawn.sum(axis=1) - 1) / 2
-    error = pairs.std(ddof=1) / math.sqrt(steps)
-    assert abs(pairs.mean() - math.comb(n, 2) * q**2) < stats.norm.isf(ALPHA / 2) * error
-
-
-@pytest.mark.parametrize("q", [0.05, 0.3, 0.6])
-def test_poisson_batch_sizes_are_binomial(q):
-    steps, n = 4000, 20
-    sizes = inclusions(sampler(n, q, seed=2), steps).sum(axis=1)
-    expected = steps * stats.binom.pmf(np.arange(n + 1), n, q)
-    seen = np.bincount(sizes, minlength=n + 1)
-    usual = expected >= 5  # join the rare sizes, as χ² needs
-    expected = np.append(expected[usual], expected[~usual].sum())
-    seen = np.append(seen[usual], seen[~usual].sum())
-    assert stats.chisquare(seen, expected).pvalue > ALPHA
-    assert sizes.var() > 0  # true Poisson sampling, not a fixed size
-
-
-def test_successive_batches_are_independent():
-    steps, n, q = 4000, 20, 0.3
-    drawn = inclusions(sampler(n, q, seed=3), steps)
-    again = (drawn[1:] & drawn[:-1]).sum()
-    trials = (steps - 1) * n
-    # Neighbouring products share a step; the variance is at most three times as large.
-    error = math.sqrt(3 * trials * q**2 * (1 - q**2))
-    assert abs(again - trials * q**2) < stats.norm.isf(ALPHA / 2) * error
 
 
 def test_subsets_are_uniform():
@@ -107,17 +62,27 @@ def test_subsets_are_distinct_sorted_and_of_the_size_asked_for(case):
     assert size == 0 or (subset[0] >= 0 and subset[-1] < population)
 
 
-def test_memory_and_time_follow_the_batch_not_the_data_set():
+@pytest.mark.parametrize(("population", "size"), [(40, 20), (40, 3), (1000, 400), (10**5, 2000)])
+def test_marking_and_sorting_find_the_same_subset(population, size, monkeypatch):
+    found = []
+    for marked in (0, 10**6):
+        monkeypatch.setattr(sampling, "_MARKED", marked)
+        found.append(uniform_subset(np.random.default_rng(2), population, size))
+    np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.parametrize(("expected", "limit"), [(10**4, 2e6), (3 * 10**5, 2e7)])
+def test_memory_follows_the_batch_not_the_data_set(expected, limit):
+    """A billion examples: a permutation, or one number for each, would take 8 GB."""
     tracemalloc.start()
-    start = time.perf_counter()
-    drawn = sampler(10**9, 1e-5).sample(0)
-    elapsed = time.perf_counter() - start
+    drawn = sampler(10**9, expected / 10**9).sample(0)
+    count = physical_batch_count(len(drawn), 64, 8)
+    batches = list(physical_batches(share(drawn, 0, 8), 64, count=count))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert abs(len(drawn) - 10**4) < 6 * math.sqrt(10**4)
-    # The batch itself takes 80 kB; a permutation, or one number for each example, 8 GB.
-    assert peak < 2e6
-    assert elapsed < 1.0
+    assert abs(len(drawn) - expected) < 6 * math.sqrt(expected)
+    assert sum(b.mask.sum() for b in batches) == -(-len(drawn) // 8)
+    assert peak < limit
     assert drawn.max() > 9e8
 
 
@@ -207,3 +172,40 @@ def test_physical_batches_hold_every_example_exactly_once(indices, rows):
 def test_a_physical_batch_needs_rows(rows):
     with pytest.raises(ValueError, match="physical_batch_size"):
         list(physical_batches(np.arange(3), rows))
+
+
+@given(st.integers(0, 60), st.integers(1, 9), st.integers(1, 17))
+@settings(max_examples=100, deadline=None)
+def test_ranks_share_a_batch_in_equal_numbers_of_physical_batches(n, ranks, rows):
+    drawn = 3 * np.arange(n) + 1
+    parts = [share(drawn, rank, ranks) for rank in range(ranks)]
+    assert {len(part) for part in parts} <= {n // ranks, -(-n // ranks)}
+    assert sorted(np.concatenate(parts).tolist()) == drawn.tolist()
+    count = physical_batch_count(n, rows, ranks)
+    # No more than the busiest rank needs.
+    assert count == max(1, *(math.ceil(len(part) / rows) for part in parts))
+    for part in parts:
+        batches = list(physical_batches(part, rows, count=count))
+        assert len(batches) == count
+        assert all(b.indices.shape == b.mask.shape == (rows,) for b in batches)
+        assert np.concatenate([b.indices[b.mask] for b in batches]).tolist() == part.tolist()
+
+
+def test_surplus_physical_batches_are_masked_throughout():
+    batches = list(physical_batches(np.array([7, 9]), 2, count=3))
+    assert [b.mask.sum() for b in batches] == [2, 0, 0]
+    assert all((b.indices[~b.mask] == 0).all() for b in batches)
+
+
+def test_examples_that_do_not_fit_are_refused_rather_than_left_out():
+    with pytest.raises(ValueError, match="5 examples do not fit into 2 physical batches of 2"):
+        list(physical_batches(np.arange(5), 2, count=2))
+
+
+@pytest.mark.parametrize(
+    ("rank", "ranks", "error"),
+    [(2, 2, "rank 2 does not exist"), (-1, 2, "rank must be at least 0"), (0, 0, "ranks must be at least 1")],
+)
+def test_a_rank_must_exist(rank, ranks, error):
+    with pytest.raises(ValueError, match=error):
+        share(np.arange(3), rank, ranks)

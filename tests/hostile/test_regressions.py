@@ -21,9 +21,11 @@ from dptrain.core.files import Unreadable, read_bytes, read_json
 from dptrain.core.mechanism import Mechanism
 from dptrain.core.remembered import Remembered
 from dptrain.data import DataError
+from dptrain.data.arrow_shard import ArrowShard, ParquetShard
 from dptrain.data.cifar import read_binary
-from dptrain.data.folder import decode
+from dptrain.data.decode import decode
 from dptrain.data.idx import read_idx
+from dptrain.data.safetensors_shard import SafetensorsShard
 from dptrain.models import ModelError, build, load_weights
 from dptrain.report import draw_curves
 from dptrain.report.errors import ReportError
@@ -40,6 +42,9 @@ KINDS = ("absent", "folder", "link-to-nothing", "link-to-itself", "fifo", "zero"
     [
         (lambda path: decode(str(path), 8), DataError),
         (lambda path: read_idx(path, 3), DataError),
+        (lambda path: SafetensorsShard.open(str(path)), DataError),
+        (lambda path: ArrowShard.open(str(path), 8, None), DataError),
+        (lambda path: ParquetShard.open(str(path), 8, None), DataError),
         (lambda path: read_binary(path, 1), DataError),
         (lambda path: load_weights(build("linear", 3, (1, 2, 2)), path), ModelError),
         (read_config, ConfigError),

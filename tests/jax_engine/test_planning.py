@@ -59,6 +59,7 @@ def test_takes_the_fastest_way_and_remembers_it(measured, monkeypatch, way):
     assert sorted(json.loads(file.read_text()).values()) == sorted([1000.0] * 3 + [1.0, 2.0, 2.0])
 
 
+@pytest.mark.slow
 def test_measures_on_stand_ins_of_every_type(measured):
     loss, params, batch = next(c for c in CASES if c.name == "scanned_layers").make(jax.random.key(0), 4)
     expected, _, _ = oracle.clipped_sum(loss, params, batch, 0.1)

@@ -144,7 +144,10 @@ def test_rule_8_noise_is_gaussian_and_new_each_time():
 def test_rule_8_no_two_parameters_share_their_noise():
     """Even where their paths look the same."""
     params = {"x": {"b": jnp.zeros(50)}, "x.b": jnp.zeros(50), "y": [jnp.zeros(50)] * 2, "y.0": jnp.zeros(50)}
-    for spread in (noise.noisy_mean, lambda s, *rest: noise._drawn(s, noise.noise_key(rest[-1]), *rest[:2])):
+    for spread in (
+        noise.noisy_mean,
+        lambda s, *rest: noise._drawn(s, noise.noise_words(rest[-1]), *rest[:2]),
+    ):
         drawn = jax.tree.leaves(spread(params, 1.0, 1.0, Key.from_seed(0)))
         assert len({tuple(np.asarray(z)) for z in drawn}) == 5
 

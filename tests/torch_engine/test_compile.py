@@ -74,7 +74,8 @@ def test_the_method_without_privacy_is_traced_too(as_traced):
     assert out.clip_norm == float("inf")
 
 
-@pytest.mark.parametrize("name", ["mlp", "tied-lm", pytest.param("vit", marks=pytest.mark.slow),
+@pytest.mark.parametrize("name", ["mlp", pytest.param("tied-lm", marks=pytest.mark.slow),
+                                  pytest.param("vit", marks=pytest.mark.slow),
                                   pytest.param("convolutions", marks=pytest.mark.slow),
                                   pytest.param("low-rank", marks=pytest.mark.slow)])  # fmt: skip
 def test_inductor_keeps_it_exact_and_compiles_once_in_50_poisson_steps(name):

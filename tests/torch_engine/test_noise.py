@@ -13,10 +13,12 @@ from scipy import stats
 import dptrain.torch as dpt
 from dptrain.core import gaussian
 from dptrain.core.entropy import Key
-from dptrain.core.gaussian import BLOCK, Gaussians, Place, streams_of
+from dptrain.core.gaussian import BLOCK, PAIRS, Gaussians, Place, streams_of
 from dptrain.core.keystream import Keystream, streams
 from dptrain.core.mechanism import Mechanism
-from dptrain.torch.noise import add_drawn, generator, noisy_mean
+from dptrain.core.noise import Span
+from dptrain.torch import noise
+from dptrain.torch.noise import noisy_mean, noisy_mean_on_grid
 
 KEY = Key.from_seed(7)  # fixed: these tests pass or fail, they do not flicker
 SIZE = 3 * BLOCK + 12_345
@@ -98,7 +100,7 @@ def test_a_block_is_what_it_is_however_it_is_drawn(dtype, monkeypatch):
         assert torch.equal(want[name], got[name])
         assert torch.equal(want[name], draw(size, name, dtype=dtype))
     kind = want["large"].numpy().dtype
-    second = Gaussians(KEY, kind, 1.0, BLOCK // 2).draw([Place(streams_of("large"), 1, BLOCK)])[0]
+    second = Gaussians(KEY, kind, 1.0, BLOCK // 2).draw([Place(streams_of("large"), PAIRS, PAIRS)])[0]
     assert torch.equal(want["large"][BLOCK : 2 * BLOCK], torch.from_numpy(second).flatten())
 
 
@@ -148,7 +150,7 @@ def test_float64_noise_has_the_digits_of_float64():
 def test_small_uniforms_get_more_bits(monkeypatch):
     """Radii go on beyond 6.66, where 32 bits end, and up to 9.49."""
     source = Gaussians(KEY, np.dtype(np.float32), 1.0, 4096)
-    place, ends = Place(streams_of("w"), 5, 8192), [0, 4096]
+    place, ends = Place(streams_of("w"), 5 * PAIRS, 4096), [0, 4096]
     words = np.zeros(4096, np.uint32)
     inverse = np.empty(4096, np.float32)
     source._inverse_uniform(words, [place], ends, inverse)
@@ -200,18 +202,51 @@ def test_streams_lie_far_apart():
     assert all(b - a >= 2**32 for a, b in itertools.pairwise(places))
 
 
-def test_noise_of_a_device_is_keyed_and_scaled_alike():
+def cuts(size: int) -> list[tuple[int, int]]:
+    """Spans that an owner may hold: even and odd ends, within a block, over several, one element, none."""
+    ends = sorted({0, 1, 2, 7, size // 3, size // 2 + 1, size - 1, size} & set(range(size + 1)))
+    return [*itertools.pairwise(ends), (0, size), (size // 2, size // 2)]
+
+
+SPANS = pytest.mark.parametrize("size", [1, 2, 9, 1000, BLOCK - 1, BLOCK, 2 * BLOCK + 333])
+
+
+@BOTH
+@SPANS
+def test_whoever_owns_an_element_draws_the_same_for_it(size, dtype):
+    whole = draw(size, dtype=dtype)
+    for begin, end in cuts(size):
+        part = {"w": torch.zeros(end - begin, dtype=dtype)}
+        got = noisy_mean(part, 1.0, 1.0, KEY, spans={"w": Span(begin, size)})["w"]
+        assert torch.equal(got, whole[begin:end])
+
+
+@SPANS
+def test_whoever_owns_an_element_draws_the_same_rounded_number(size):
+    def draw(begin: int, end: int) -> torch.Tensor:
+        part, spans = {"w": torch.zeros(end - begin, dtype=torch.int64)}, {"w": Span(begin, size)}
+        return noisy_mean_on_grid(part, 1000.0, 1.0, 1.0, KEY, spans)["w"]
+
+    whole = draw(0, size)
+    assert size < 1000 or float(whole.std()) == pytest.approx(1000, rel=0.1)
+    for begin, end in cuts(size):
+        assert torch.equal(draw(begin, end), whole[begin:end])
+
+
+def test_noise_of_a_device_is_keyed_and_scaled_alike(monkeypatch):
     """The way of GPUs, on a CPU."""
-    device = torch.device("cpu")
-    total = torch.ones(10**6)
-    first, again, other = (torch.empty(10**6) for _ in range(3))
-    add_drawn(total, 2.0, 4.0, generator(KEY.child(0), device), first)
-    add_drawn(total, 2.0, 4.0, generator(KEY.child(0), device), again)
-    add_drawn(total, 2.0, 4.0, generator(KEY.child(1), device), other)
-    assert torch.equal(first, again) and not torch.equal(first, other)
-    assert abs(float(first.mean()) - 0.25) < 0.0025 and abs(float(first.std()) / 0.5 - 1) < 0.0035
-    add_drawn(total, 2.0, 4.0, generator(KEY.child(0), device), total)
-    assert torch.equal(total, first)
+    monkeypatch.setattr(noise, "DEVICE_BLOCK", 2**18)
+    size = 10**6
+    whole = noise.drawn(Span(0, size), torch.empty(1000, 1000), 0.5, KEY)
+    assert whole.shape == (1000, 1000) and abs(float(whole.mean())) < 0.0025
+    assert abs(float(whole.std()) / 0.5 - 1) < 0.0035
+    assert torch.equal(noise.drawn(Span(0, size), whole, 0.5, KEY), whole)
+    assert not (noise.drawn(Span(0, size), whole, 0.5, KEY.child(1)) == whole).any()
+    blocks = whole.flatten()[: 3 * 2**18].view(3, -1)
+    assert not (blocks[0] == blocks[1]).any() and abs(correlation(blocks[0], blocks[1])) < 5
+    for begin, end in cuts(size):
+        part = noise.drawn(Span(begin, size), torch.empty(end - begin), 0.5, KEY)
+        assert torch.equal(part, whole.flatten()[begin:end])
 
 
 MECHANISM = Mechanism.constant(

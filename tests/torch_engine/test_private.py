@@ -114,7 +114,10 @@ def test_schedules_of_the_sample_rate_are_followed():
     private = dpt.make_private(model, optimizer, dataset, loss_fn, both, physical_batch_size=SIZE)
     real = []
     inner = private._clipped
-    private._clipped = lambda batch, mask, into: (real.append(int(mask.sum())), inner(batch, mask, into))[1]
+    private._clipped = lambda batch, mask, into, **how: (
+        real.append(int(mask.sum())),
+        inner(batch, mask, into),
+    )[1]
     list(private.steps())
     assert real[0] < SIZE and real[1] == SIZE
 

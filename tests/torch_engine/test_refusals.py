@@ -266,3 +266,15 @@ def test_random_state_is_left_as_found():
     torch.manual_seed(3)
     dpt.clipped_grad(model, loss_fn, clip_norm=1.0).plan(data)
     assert torch.equal(torch.rand(4), expected)
+
+
+def test_rows_that_the_model_cannot_compute_alone_are_refused():
+    """Four numbers pass for one row of four features, until one of them comes by itself."""
+    clipped = dpt.clipped_grad(
+        nn.Linear(4, 3),
+        lambda model, batch: model(batch).sum().expand(4),
+        clip_norm=1.0,
+        method="per-example-loop",
+    )
+    with pytest.raises(dpt.Refused, match="by itself, as a batch of one"):
+        clipped(torch.randn(4))

@@ -178,3 +178,34 @@ def test_what_batch_systems_send_ends_a_run_as_ctrl_c_does(tmp_path, monkeypatch
     assert main(["train", *QUICK, "--out", str(tmp_path / "run")]) == 130
     assert json.loads((tmp_path / "run/summary.json").read_text())["interrupted"]
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def ended_while_ending(monkeypatch, *signals):
+    """Runs get these signals in `_finish`, after an interruption."""
+    took, finish = session.Session._took, session.Session._finish
+
+    def interrupted(self, step, due):
+        took(self, step, due)
+        raise KeyboardInterrupt
+
+    def disturbed(self, interrupted):
+        for each in signals:
+            os.kill(os.getpid(), each)
+        return finish(self, interrupted)
+
+    monkeypatch.setattr(session.Session, "_took", interrupted)
+    monkeypatch.setattr(session.Session, "_finish", disturbed)
+
+
+def test_a_run_that_is_ending_is_not_ended_again_by_what_batch_systems_send(tmp_path, monkeypatch):
+    ended_while_ending(monkeypatch, signal.SIGTERM)
+    assert main(["train", *QUICK, "--out", str(tmp_path / "run")]) == 130
+    assert json.loads((tmp_path / "run/summary.json").read_text())["interrupted"]
+
+
+def test_a_second_ctrl_c_does_not_say_that_nothing_was_spent(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "300")
+    ended_while_ending(monkeypatch, signal.SIGINT)
+    assert main(["train", *QUICK, "--out", str(tmp_path / "run")]) == 130
+    said = capsys.readouterr().err
+    assert f"go on with --resume {tmp_path / 'run'}" in said and "nothing was spent" not in said

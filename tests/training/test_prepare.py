@@ -27,6 +27,30 @@ def test_a_batch_larger_than_the_data_is_refused(quick):
         prepare(quick(logical_batch_size=5000))
 
 
+def test_a_largest_batch_is_drawn_and_accounted_as_truncated_poisson(quick):
+    settings = {"noise_multiplier": 4.0, "steps": 1, "evaluations": 1}
+    plain, cut = (prepare(quick(max_logical_batch_size=most, **settings)).mechanism for most in (None, 200))
+    sampling = cut.step(0).sampling
+    assert (sampling.sampler, sampling.max_batch_size, sampling.dataset_size) == (
+        "truncated-poisson",
+        200,
+        1438,
+    )
+    assert (plain.neighbours, cut.neighbours) == ("add-or-remove-one", "replace-special")
+    assert cut.epsilon() > 1.3 * plain.epsilon()  # every second sample is cut
+    assert cut.describe()["largest batch size"] == "200"
+
+
+@pytest.mark.slow
+def test_noise_is_calibrated_to_epsilon_for_a_largest_batch(quick):
+    plain, rarely, often = (
+        prepare(quick(epsilon=3.0, max_logical_batch_size=most)).mechanism for most in (None, 300, 200)
+    )
+    assert 2.9 < often.epsilon() <= 3.0
+    assert rarely.noise_multiplier == pytest.approx(plain.noise_multiplier, rel=1e-3)
+    assert often.noise_multiplier > 1.3 * plain.noise_multiplier
+
+
 def test_a_seed_fixes_the_initial_weights_and_its_absence_does_not(quick):
     def weights(**changes):
         return prepare(quick(**changes)).model.head.weight

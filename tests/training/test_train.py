@@ -50,6 +50,13 @@ def test_its_configuration_repeats_it_bit_for_bit(quick, tmp_path):
     assert first.folder.weights.read_bytes() == second.folder.weights.read_bytes()
 
 
+def test_no_batch_is_larger_than_the_largest(quick):
+    outcome = train(quick(max_logical_batch_size=200, show_unprotected=True, steps=8, noise_multiplier=4.0))
+    sizes = [record["batch_size"] for record in metrics(outcome, "unprotected")]
+    assert len(sizes) == 8 and max(sizes) == 200 > min(sizes)
+    assert Ledger.read(outcome.folder.ledger).epsilon(1e-4) == pytest.approx(outcome.run.mechanism.epsilon())
+
+
 def test_the_physical_batch_size_does_not_change_the_result(quick, tmp_path):
     weights = []
     for size in (17, 256):

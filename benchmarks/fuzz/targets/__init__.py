@@ -12,11 +12,23 @@ from benchmarks.fuzz.targets import (
     records,
     runs,
     settings,
+    shards,
     weights,
 )
 
 TARGETS: dict[str, Target] = {
     target.name: target
-    for part in (images, arrays, weights, settings, runs, records, command_line, arguments, arguments_jax)
+    for part in (
+        images,
+        arrays,
+        shards,
+        weights,
+        settings,
+        runs,
+        records,
+        command_line,
+        arguments,
+        arguments_jax,
+    )
     for target in part.TARGETS
 }

@@ -14,7 +14,7 @@ from benchmarks.fuzz import mutate, surroundings, trees
 from benchmarks.fuzz.target import Target
 from benchmarks.fuzz.targets.files import of_bytes
 from dptrain.data import DataError, Preprocess, load
-from dptrain.data.folder import decode
+from dptrain.data.decode import decode
 
 SIDE = 13
 

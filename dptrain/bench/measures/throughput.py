@@ -10,6 +10,7 @@ from dptrain.bench.contestant import Contestant
 from dptrain.bench.engines import enter
 from dptrain.bench.outcome import failure
 from dptrain.bench.recompilations import recompilations
+from dptrain.torch.ranks import all_ranks
 from dptrain.training.device import matmul_precision
 
 
@@ -37,7 +38,7 @@ def throughput(case: Case) -> dict[str, Any]:
             racing.append(baseline)
         if len(racing) == (own is not None):
             raise RuntimeError(f"no baseline runs: {results}")
-        race.race(racing, case.accumulate, case.seconds)
+        race.race(racing, case.accumulate, case.seconds, all_ranks().tell)
         if own is not None and case.compile:
             verdict["recompilations"] = recompilations(own, case.batch_size)
         base = race.best(racing, case.accumulate)
@@ -63,6 +64,6 @@ def _figures(contestant: Contestant, case: Case) -> dict[str, Any]:
         "raw_later_physical_step_s": contestant.later_s,
         "raw_end_of_logical_step_s": contestant.end_s,
         "logical_step_s": whole,
-        "examples_per_s": case.batch_size * case.accumulate / whole,
+        "examples_per_s": case.devices * case.batch_size * case.accumulate / whole,
         "warm_up_s": contestant.warm_up_s,
     }

@@ -309,7 +309,7 @@ def simulation(study: Study) -> Shown:
     }
     drawn: list[Series] = []
     for name, points in curves.items():
-        method = "non-private" if name.startswith("non") else "per-example"
+        method = {"non-private": "non-private", "dptrain": "auto"}.get(name, "per-example")
         shares = tuple(100 * _share(points, n) for n in points)
         drawn.append(Series(name, tuple(points), shares, palette.look("torch", method)))
     known = tuple(

@@ -64,12 +64,12 @@ class Tally:
         from dptrain.torch.guards import check_batch
 
         def change(true: Callable) -> Callable:
-            def call(clipped: Any, batch: Any, mask: Any = None, into: Any = None) -> Any:
+            def call(clipped: Any, batch: Any, mask: Any = None, into: Any = None, **how: Any) -> Any:
                 if into is None:
                     self._begin()
                 size, _ = check_batch(batch, mask)
                 self._count(size if mask is None else int(mask.sum()))
-                return true(clipped, batch, mask, into)
+                return true(clipped, batch, mask, into, **how)
 
             return call
 

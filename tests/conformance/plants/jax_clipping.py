@@ -109,7 +109,11 @@ def _other_step(patch: Patch, step_of: Callable[[float], Callable[[Call, Array],
     patch.replace(
         ClippedGrad,
         "_planned",
-        lambda clipped, call: (Plan(methods.Capture.VMAP, call.size), step_of(clipped.clip_norm)),
+        lambda clipped, call, way=None: (
+            Plan(methods.Capture.VMAP, call.size),
+            step_of(clipped.clip_norm),
+            "",
+        ),
     )
 
 

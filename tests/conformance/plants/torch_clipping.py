@@ -25,7 +25,7 @@ Grads = dict[str, Tensor]
 
 
 def silence_the_rehearsal(patch: Patch) -> None:
-    patch.replace("dptrain.torch.clipping", "rehearse", lambda stage, plan: None)
+    patch.replace("dptrain.torch.clipping", "rehearse", lambda *args: None)
 
 
 def _factors(patch: Patch, change: Callable[[Callable], Callable]) -> None:
@@ -101,16 +101,20 @@ def _call(patch: Patch, change: Callable[[Callable], Callable]) -> None:
 def mask_ignored(patch: Patch) -> None:
     _call(
         patch,
-        lambda true: lambda clipped, batch, mask=None, into=None: true(clipped, batch, None, into),
+        lambda true: (
+            lambda clipped, batch, mask=None, into=None, **how: true(clipped, batch, None, into, **how)
+        ),
     )
 
 
 def forgets_earlier_parts(patch: Patch) -> None:
     def change(true: Callable) -> Callable:
-        def call(clipped: ClippedGrad, batch: Any, mask: Any = None, into: Any = None) -> ClippedSum:
+        def call(
+            clipped: ClippedGrad, batch: Any, mask: Any = None, into: Any = None, **how: Any
+        ) -> ClippedSum:
             if into is not None:
                 torch._foreach_zero_(list(into.grads.values()))
-            return true(clipped, batch, mask, into)
+            return true(clipped, batch, mask, into, **how)
 
         return call
 
@@ -119,8 +123,10 @@ def forgets_earlier_parts(patch: Patch) -> None:
 
 def counts_the_first_part_twice(patch: Patch) -> None:
     def change(true: Callable) -> Callable:
-        def call(clipped: ClippedGrad, batch: Any, mask: Any = None, into: Any = None) -> ClippedSum:
-            out = true(clipped, batch, mask, into)
+        def call(
+            clipped: ClippedGrad, batch: Any, mask: Any = None, into: Any = None, **how: Any
+        ) -> ClippedSum:
+            out = true(clipped, batch, mask, into, **how)
             if into is None:
                 torch._foreach_mul_(list(out.grads.values()), 2)
             return out
@@ -134,10 +140,12 @@ def _other_sums(patch: Patch, sums: Callable[[ClippedGrad, Any, Tensor], tuple[G
     """``sums(clipped, batch, mask) -> grads, losses [B]`` in place of clipping."""
 
     def change(true: Callable) -> Callable:
-        def call(clipped: ClippedGrad, batch: Any, mask: Any = None, into: Any = None) -> ClippedSum:
+        def call(
+            clipped: ClippedGrad, batch: Any, mask: Any = None, into: Any = None, **how: Any
+        ) -> ClippedSum:
             size, mask = check_batch(batch, mask)
             if mask is not None and not bool(mask.any()):
-                return true(clipped, batch, mask, into)
+                return true(clipped, batch, mask, into, **how)
             mask = torch.ones(size, dtype=torch.bool) if mask is None else mask
             grads, losses = sums(clipped, replace_rows(batch, mask), mask)
             out = ClippedSum(grads, torch.zeros_like(losses), losses, clipped.clip_norm)
