@@ -16,6 +16,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from dptrain.core.mechanism import Mechanism
 from dptrain.torch.physical_batch import Trial
 from dptrain.training import Outcome, Run, RunFolder, Score, TrainConfig
 from dptrain.training.loop import Step, Unprotected
@@ -101,6 +102,20 @@ class RunDisplay:
         self._accuracy = f"  {self._held_out_name} {score.accuracy:.1%}"
 
 
+CLIPPING = {
+    "flat": "to an L2 norm of {}",
+    "automatic": "normalised to an L2 norm of {}",
+    "per-layer": "layer by layer, to an L2 norm of {} in all",
+    "quantile": "to an L2 norm that begins at {} and follows a quantile",
+}
+
+
+def _over_steps(mechanism: Mechanism, name: str) -> str:
+    """A quantity of the steps: one number, or the first and the last."""
+    first, last = (getattr(mechanism.step(i), name) for i in (0, mechanism.steps - 1))
+    return f"{first:.4g}" if first == last else f"{first:.4g} to {last:.4g}"
+
+
 def show_plan(console: Console, run: Run, folder: RunFolder) -> None:
     """Everything that the run is about to do."""
     config, mechanism = run.config, run.mechanism
@@ -121,14 +136,14 @@ def show_plan(console: Console, run: Run, folder: RunFolder) -> None:
     average = f", weights averaged ({config.weight_average:g})" if config.weight_average else ""
     table.add_row("optimizer", f"{config.optimizer}, lr {config.lr:g} {config.lr_schedule}{average}")
     most = f", at most {config.max_logical_batch_size}" if config.max_logical_batch_size else ""
-    table.add_row(
-        "batches",
-        f"Poisson, {mechanism.expected_batch_size:g} expected (q = {mechanism.sample_rate:.4g}){most}, "
-        f"{mechanism.steps:,} steps",
-    )
+    size, rate = (_over_steps(mechanism, name) for name in ("expected_batch_size", "sample_rate"))
+    table.add_row("batches", f"Poisson, {size} expected (q = {rate}){most}, {mechanism.steps:,} steps")
+    if config.augmentations:
+        table.add_row("views", f"{config.augmentations} of each image, averaged before clipping")
     if run.is_private:
-        table.add_row("clipping", f"{run.method}, to an L2 norm of {mechanism.clip_norm:g}")
-        table.add_row("noise", f"{mechanism.noise_multiplier:.4g} x clip norm")
+        rule = CLIPPING[mechanism.step(0).clip_rule.name]
+        table.add_row("clipping", f"{run.method}, {rule.format(_over_steps(mechanism, 'sensitivity'))}")
+        table.add_row("noise", f"{_over_steps(mechanism, 'noise_multiplier')} x clip norm")
     else:
         table.add_row(
             "privacy", "[bold red]NONE[/]: non-private method, no clipping, no noise, epsilon = inf"

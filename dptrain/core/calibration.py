@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import partial
 
 from dptrain.core import accounting, checks
-from dptrain.core.accounting import PLD, RDP
+from dptrain.core.accounting import PLD, RDP, Segments
 from dptrain.core.spec import StepSpec
 
 # Below this σ the privacy loss is so wide that a PLD takes gigabytes, and no ε worth
@@ -37,18 +37,47 @@ def smallest_noise_multiplier(
         ValueError: no σ in the searched range meets the budget, or even the smallest
             does; or a combination that is not supported.
     """
-    epsilon, delta = checks.positive("epsilon", epsilon), checks.delta(delta)
     steps = checks.whole("steps", steps)
+    return smallest_scale(
+        lambda sigma: ((step_with(sigma), steps),),
+        epsilon=epsilon,
+        delta=delta,
+        neighbours=neighbours,
+        accountant=accountant,
+        relative_tolerance=relative_tolerance,
+    )
+
+
+def smallest_scale(
+    segments_with: Callable[[float], Segments],
+    *,
+    epsilon: float,
+    delta: float,
+    neighbours: str,
+    accountant: str = PLD,
+    relative_tolerance: float = 1e-4,
+) -> float:
+    """The smallest σ for which these segments together cost at most `epsilon` at `delta`.
+
+    As `smallest_noise_multiplier`, for mechanisms whose steps differ.
+
+    Args:
+        segments_with: the segments for a given σ, which all noise multipliers are proportional to.
+
+    Raises:
+        ValueError: as there.
+    """
+    epsilon, delta = checks.positive("epsilon", epsilon), checks.delta(delta)
 
     def overspent(sigma: float, by: str = accountant) -> float:
         """ln(ε / budget): nearly a straight line in ln σ, of slope −1 to −2."""
-        spent = accounting.epsilon(((step_with(sigma), steps),), delta, neighbours, by)
+        spent = accounting.epsilon(segments_with(sigma), delta, neighbours, by)
         return math.log(max(spent, 1e-300) / epsilon)
 
-    sampler = step_with(1.0).sampler
-    accounting.check_supported(((step_with(1.0), steps),), neighbours, accountant)
+    segments = segments_with(1.0)
+    accounting.check_supported(segments, neighbours, accountant)
     guess = 1.0
-    if accountant == PLD and RDP in accounting.supported(sampler, neighbours):
+    if accountant == PLD and all(RDP in accounting.supported(s.sampler, neighbours) for s, _ in segments):
         # RDP is a looser bound and much faster to compute: its answer is nearly ours.
         guess = _solve(partial(overspent, by=RDP), guess, 2e-2, epsilon)
     return _solve(overspent, guess, relative_tolerance, epsilon)

@@ -14,6 +14,7 @@ import dp_accounting
 
 from dptrain.core import accounting, calibration, checks, grid
 from dptrain.core.accounting import ADD_OR_REMOVE_ONE, PLD, RDP, Segments
+from dptrain.core.clip_rules import ClipRule, Quantile
 from dptrain.core.spec import POISSON, StepSpec, flat_step
 
 _FORMAT = 1
@@ -62,7 +63,7 @@ class Mechanism:
         cls,
         *,
         noise_multiplier: float,
-        clip_norm: float,
+        clip_norm: float | ClipRule,
         sample_rate: float,
         steps: int,
         expected_batch_size: float,
@@ -77,7 +78,8 @@ class Mechanism:
         Args:
             noise_multiplier: σ ≥ 0, the noise's standard deviation over C; 0 is not
                 private, and its ε is infinite.
-            clip_norm: C > 0, the largest norm of an example's gradient in the sum.
+            clip_norm: C > 0, the largest norm of an example's gradient in the sum; or a rule of
+                `dptrain.core.clip_rules`.
             sample_rate: q in (0, 1].
             steps: the number of optimizer steps.
             expected_batch_size: L > 0, the public divisor of the sum, in examples.
@@ -104,7 +106,7 @@ class Mechanism:
         delta: float,
         sample_rate: float,
         steps: int,
-        clip_norm: float,
+        clip_norm: float | ClipRule,
         expected_batch_size: float,
         sampler: str = POISSON,
         accountant: str = PLD,
@@ -149,7 +151,7 @@ class Mechanism:
         delta: float,
         noise_multiplier: float,
         sample_rate: float,
-        clip_norm: float,
+        clip_norm: float | ClipRule,
         expected_batch_size: float,
         sampler: str = POISSON,
         accountant: str = PLD,
@@ -187,6 +189,22 @@ class Mechanism:
         specs = [spec for spec, _ in self.segments]
         spacing = grid.spacing(min(s.noise_stddev for s in specs), max(s.sensitivity for s in specs))
         segments = tuple((dataclasses.replace(spec, grid=spacing), count) for spec, count in self.segments)
+        return Mechanism(segments, self.neighbours, self.delta)
+
+    def with_rule(self, rule: ClipRule) -> "Mechanism":
+        """The same mechanism with another clip rule of the same sensitivity, and so at the same ε.
+
+        Raises:
+            ValueError: it has another sensitivity than a step, or a rule whose accounting is another.
+        """
+        for spec, _ in self.segments:
+            alike = math.isclose(rule.sensitivity, spec.sensitivity, rel_tol=1e-12)
+            if not alike or Quantile in (type(rule), type(spec.clip_rule)):
+                raise ValueError(
+                    f"the rule {rule.name}, of sensitivity {rule.sensitivity:g}, cannot take the place of "
+                    f"{spec.clip_rule.name}, of sensitivity {spec.sensitivity:g}; make a mechanism with it."
+                )
+        segments = tuple((dataclasses.replace(spec, clip_rule=rule), count) for spec, count in self.segments)
         return Mechanism(segments, self.neighbours, self.delta)
 
     # Reading it
@@ -229,6 +247,11 @@ class Mechanism:
         return self._constant("clip_norm").clip_norm
 
     @property
+    def clip_rule(self) -> ClipRule:
+        """The clip rule of a mechanism whose steps all have the same."""
+        return self._constant("clip_rule").clip_rule
+
+    @property
     def sample_rate(self) -> float:
         """q of a constant mechanism."""
         return self._constant("sample_rate").sample_rate
@@ -253,6 +276,10 @@ class Mechanism:
         if len(values) > 1:
             raise ValueError(f"{name} changes between steps; read mechanism.step(i).{name}.")
         return self.segments[0][0]
+
+    def expected_examples(self, steps: int | None = None) -> float:
+        """The sum of the L of the first `steps` steps (default: all): public, unlike how many there were."""
+        return sum(spec.expected_batch_size * count for spec, count in self._first(steps))
 
     # Accounting for it
 
@@ -385,6 +412,10 @@ class Mechanism:
         }
         if any(spec.sampling.max_batch_size is not None for spec, _ in self.segments):
             described["largest batch size"] = self._list(lambda s: str(s.sampling.max_batch_size or "any"))
+        if any(isinstance(spec.clip_rule, Quantile) for spec, _ in self.segments):
+            described["noise on the count"] = self._list(lambda s: f"{s.clip_rule.count_noise:g} examples")
+            sums = self._list(lambda s: f"{s.at(1.0).noise_multiplier:.6g}")
+            described["of sigma, on the sum alone"] = sums
         if any(spec.grid is not None for spec, _ in self.segments):
             described["integer grid"] = self._list(lambda s: f"{s.grid:g}" if s.grid else "none")
         return described

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from dptrain.core.clip_rules import Quantile
 from dptrain.core.mechanism import Mechanism
 from dptrain.core.spec import StepSpec
 
@@ -33,6 +34,8 @@ def step_to_release(mechanism: Mechanism | StepSpec, clip_norm: float, grid: flo
         raise TypeError("privatize needs a Mechanism or the StepSpec of this step.")
     if isinstance(mechanism, Mechanism) and len(mechanism.segments) > 1:
         raise ValueError("this mechanism changes from step to step: pass mechanism.step(i).")
+    if isinstance(spec.clip_rule, Quantile):
+        raise ValueError("this step's clip norm follows a quantile: pass step.at(the clip norm it has now).")
     bounded = math.isfinite(clip_norm)
     if bounded and not math.isclose(clip_norm, spec.sensitivity, rel_tol=1e-12):
         raise ValueError(

@@ -1,11 +1,11 @@
 """One step of the mechanism as data: how examples are sampled, clipped and noised."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dptrain.core import checks, clip_rules, grid, rounded_gaussian
-from dptrain.core.clip_rules import ClipRule, Flat
+from dptrain.core.clip_rules import ClipRule, Flat, Quantile
 
 POISSON = "poisson"
 TRUNCATED_POISSON = "truncated-poisson"
@@ -103,7 +103,8 @@ class StepSpec:
 
     Attributes:
         clip_rule: bounds each example's gradient; gives the sensitivity.
-        noise_multiplier: σ, the noise's standard deviation over the sensitivity.
+        noise_multiplier: σ, the noise's standard deviation over the sensitivity; of `Quantile`, of both
+            that it releases together.
         sampling: how the logical batch is drawn.
         expected_batch_size: L, the public number that the noisy sum is divided by, in
             examples. Never the realised batch size, which is private.
@@ -139,6 +140,10 @@ class StepSpec:
             "expected_batch_size",
             checks.positive("expected_batch_size", self.expected_batch_size),
         )
+        if isinstance(self.clip_rule, Quantile):
+            if self.grid is not None:
+                raise ValueError("hardened steps have a fixed clip norm; leave out the grid or the quantile.")
+            self.clip_rule.noise_on_gradients(self.noise_multiplier)
         if self.grid is not None:
             object.__setattr__(self, "grid", grid.checked(self.grid, self.sensitivity))
             rounded_gaussian.check_stddev(grid.in_spacings(self.noise_stddev, self.grid))
@@ -156,6 +161,19 @@ class StepSpec:
                 "read clip_rule.clip_norms, or sensitivity."
             )
         return self.clip_rule.clip_norm
+
+    def at(self, clip_norm: float) -> "StepSpec":
+        """The noisy sum of a step of `Quantile` whose C has become `clip_norm`.
+
+        It is a part of the step, to be released by, and not to be accounted for.
+
+        Raises:
+            ValueError: the clip rule is another one.
+        """
+        if not isinstance(self.clip_rule, Quantile):
+            raise ValueError(f"the {self.clip_rule.name} clip rule keeps its clip norm.")
+        sigma = self.clip_rule.noise_on_gradients(self.noise_multiplier)
+        return replace(self, clip_rule=Flat(clip_norm), noise_multiplier=sigma)
 
     @property
     def sensitivity(self) -> float:
@@ -204,16 +222,16 @@ class StepSpec:
 def flat_step(
     *,
     noise_multiplier: float,
-    clip_norm: float,
+    clip_norm: float | ClipRule,
     sample_rate: float,
     expected_batch_size: float,
     sampler: str = POISSON,
     dataset_size: int | None = None,
     max_batch_size: int | None = None,
 ) -> StepSpec:
-    """The common step: flat clipping to `clip_norm`, Gaussian noise, one sampler."""
+    """The common step: flat clipping to `clip_norm`, or another rule, Gaussian noise, one sampler."""
     return StepSpec(
-        clip_rule=Flat(clip_norm),
+        clip_rule=clip_norm if isinstance(clip_norm, ClipRule) else Flat(clip_norm),
         noise_multiplier=noise_multiplier,
         sampling=Sampling(sampler, sample_rate, dataset_size, max_batch_size),
         expected_batch_size=expected_batch_size,

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from dptrain.core import clipping_error
+from dptrain.core.clip_rules import ClipRule
 
 from .call import Call
-from .factors import clip_factors, norm_type, sum_of_squares, weighted_sum
+from .factors import factors_by_part, norm_type, sum_of_squares, weighted_sum, whole
 from .uses import accumulated
 
 
@@ -36,28 +37,38 @@ def non_private(call: Call, mask: Array) -> tuple:
     return [_wide(g) for g in sums], jnp.zeros_like(losses), losses, aux
 
 
-def vectorised(clip_norm: float) -> Callable:
+def _squared_by_part(rule: ClipRule, call: Call, gradients: list[Array], first: int) -> list[Array]:
+    """Squared norms over the parameters of each part of the rule; the axes before ``first`` are examples."""
+    part_of = rule.partition(call.names)
+    nothing = jnp.zeros((call.size,) * first)
+    found = [[g for g, its in zip(gradients, part_of) if its == part] for part in range(len(rule.thresholds))]
+    kind = norm_type(call.parameters)
+    return [(sum_of_squares(mine, first) if mine else nothing).astype(kind) for mine in found]
+
+
+def vectorised(rule: ClipRule) -> Callable:
     """Per-example gradients by ``vmap(grad)``, the way of most code for JAX."""
 
     def step(call: Call, mask: Array) -> tuple:
         gradient = jax.value_and_grad(_losses(call), has_aux=True)
         (losses, aux), gradients = jax.vmap(gradient, (None, 0))(call.parameters, call.data)
         gradients = [_wide(g) for g in gradients]
-        squared = sum_of_squares(gradients, 1).astype(norm_type(call.parameters))
-        factors = clip_factors(
-            squared, mask, clip_norm, call.parameters, clipping_error.chain(len(call.parameters))
-        )
+        by_part = _squared_by_part(rule, call, gradients, 1)
+        squared, joined = whole(by_part), clipping_error.chain(len(call.parameters))
+        factors = factors_by_part(rule, by_part, mask, call.parameters, joined)
+        part_of = rule.partition(call.names)
 
         def together() -> tuple:
-            return [weighted_sum(factors, g) for g in gradients], jnp.sqrt(squared), losses, aux
+            sums = [weighted_sum(factors[part], g) for part, g in zip(part_of, gradients)]
+            return sums, jnp.sqrt(squared), losses, aux
 
-        return unless_infinite(squared, together, call, mask, clip_norm)
+        return unless_infinite(squared, together, call, mask, rule)
 
     return step
 
 
 def unless_infinite(
-    squared: Array, together: Callable[[], tuple], call: Call, mask: Array, clip_norm: float
+    squared: Array, together: Callable[[], tuple], call: Call, mask: Array, rule: ClipRule
 ) -> tuple:
     """``together()``, or one example after another where a gradient is not finite.
 
@@ -66,25 +77,25 @@ def unless_infinite(
     what the gradient of a kernel becomes, as a dense one with zeros, and hand it from row to row. One
     by one, an example that is not finite loses its own part and nothing else.
     """
-    return lax.cond(jnp.all(jnp.isfinite(squared)), together, lambda: looped(clip_norm)(call, mask))
+    return lax.cond(jnp.all(jnp.isfinite(squared)), together, lambda: looped(rule)(call, mask))
 
 
-def looped(clip_norm: float) -> Callable:
+def looped(rule: ClipRule) -> Callable:
     """One example after another, each added to the sum as soon as it is clipped."""
 
     def step(call: Call, mask: Array) -> tuple:
         gradient = jax.value_and_grad(_losses(call), has_aux=True)
+        part_of, joined = rule.partition(call.names), clipping_error.chain(len(call.parameters))
 
         def turn(sums: list, item: tuple) -> tuple:
             example, here = item
             (loss, aux), grads = gradient(call.parameters, example)
             grads = [_wide(g) for g in grads]
-            squared = sum_of_squares(grads).astype(norm_type(call.parameters))
-            factor = clip_factors(
-                squared, here, clip_norm, call.parameters, clipping_error.chain(len(call.parameters))
-            )
-            sums = [s + jnp.where(factor > 0, factor.astype(g.dtype) * g, 0) for s, g in zip(sums, grads)]
-            return sums, (jnp.sqrt(squared), loss, aux)
+            by_part = _squared_by_part(rule, call, grads, 0)
+            factors = factors_by_part(rule, by_part, here, call.parameters, joined)
+            weights = [factors[part] for part in part_of]
+            sums = [s + jnp.where(w > 0, w.astype(g.dtype) * g, 0) for s, w, g in zip(sums, weights, grads)]
+            return sums, (jnp.sqrt(whole(by_part)), loss, aux)
 
         start = [jnp.zeros(jnp.shape(p), accumulated(p.dtype)) for p in call.parameters]
         sums, (norms, losses, aux) = lax.scan(turn, start, (call.data, mask))

@@ -60,14 +60,36 @@ class Bookkeeping:
         captured: Captured,
         parameters: Sequence[Array],
         constants: Mapping[Value, Array],
+        part_of: Sequence[int],
     ):
         self.parts, self.captured = parts, captured
+        #: by the number of a leaf: the part of the clip rule that it belongs to
+        self.part_of = part_of
         self.pulls = [part.group.pull(parameters, constants) for part in parts]
         self.kept: dict[int, list[Array]] = {}
 
-    def squared_norms(self) -> Array:
-        """Of each example's gradient over all parameters, ``[B]``, rounded up where rounding matters."""
-        return total([self._squared(number, part) for number, part in enumerate(self.parts)])
+    def squared_norms(self, count: int) -> list[Array]:
+        """Of each example's gradient, ``[B]``, rounded up where rounding matters: over the parameters of each
+        of the clip rule's ``count`` parts."""
+        found: list[list[Array]] = [[] for _ in range(count)]
+        for number, part in enumerate(self.parts):
+            if self._crosses(part):
+                for leaf, gradient in zip(part.group.leaves, self._leaf_gradients(number, part)):
+                    found[self.part_of[leaf]].append(sum_of_squares([gradient], 1))
+            else:
+                found[self.part_of[part.group.leaves[0]]].append(self._squared(number, part))
+        some = next(squared for mine in found for squared in mine)
+        return [total(mine) if mine else jnp.zeros_like(some) for mine in found]
+
+    def _crosses(self, part: Part) -> bool:
+        """Whether the leaves belong to several parts of the clip rule: their values have no one factor."""
+        return len({self.part_of[leaf] for leaf in part.group.leaves}) > 1
+
+    def _leaf_gradients(self, number: int, part: Part) -> list[Array]:
+        """Of each leaf of the group, ``[B, *shape]``."""
+        if number not in self.kept:
+            self.kept[number] = self._at_the_leaves(part, self.pulls[number], self._example_gradients(part))
+        return self.kept[number]
 
     def _squared(self, number: int, part: Part) -> Array:
         if part.route is Route.GRAM and part.single is not None:
@@ -128,18 +150,24 @@ class Bookkeeping:
 
     # -- sums ----------------------------------------------------------------------------------------------
 
-    def sums(self, factors: Array) -> dict[int, Array]:
+    def sums(self, factors: Sequence[Array]) -> dict[int, Array]:
         """The clipped sum of each leaf by its number.
 
         Args:
-            factors: clip factors ``[B]``, 0 for whoever contributes nothing. All gradients are finite.
+            factors: clip factors ``[B]`` for each part of the clip rule, 0 for whoever contributes nothing.
+                All gradients are finite.
         """
         out: dict[int, Array] = {}
         for number, (part, pull) in enumerate(zip(self.parts, self.pulls)):
+            if self._crosses(part):
+                for leaf, gradient in zip(part.group.leaves, self._leaf_gradients(number, part)):
+                    out[leaf] = weighted_sum(factors[self.part_of[leaf]], gradient)
+                continue
+            own = factors[self.part_of[part.group.leaves[0]]]
             if number in self.kept:
-                summed = [weighted_sum(factors, g) for g in self.kept[number]]
+                summed = [weighted_sum(own, g) for g in self.kept[number]]
             else:
-                summed = self._contracted(part, factors)
+                summed = self._contracted(part, own)
             out.update(zip(part.group.leaves, pull(summed)))
         return out
 

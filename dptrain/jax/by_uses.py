@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from dptrain.core import clipping_error
+from dptrain.core.clip_rules import ClipRule
 
 from .baselines import in_parts, unless_infinite
 from .bookkeeping import Bookkeeping
 from .call import Call
 from .capture import Capture
-from .factors import clip_factors, norm_type
+from .factors import factors_by_part, norm_type, whole
 from .planner import Plan
 from .program import run
 from .uses import accumulated
@@ -22,8 +23,8 @@ from .uses import accumulated
 class ByUses:
     """A way to clip: ``(call, mask) -> (sums of the parameters, norms [B], losses [B], aux)``."""
 
-    def __init__(self, capture: Capture, plan: Plan, clip_norm: float):
-        self.capture, self.plan, self.clip_norm = capture, plan, clip_norm
+    def __init__(self, capture: Capture, plan: Plan, rule: ClipRule):
+        self.capture, self.plan, self.rule = capture, plan, rule
 
     def __call__(self, call: Call, mask: Array) -> tuple:
         pure = self.capture.split.pure
@@ -37,22 +38,29 @@ class ByUses:
 
     def _clip(self, call: Call, inputs: dict, values: list, mask: Array) -> tuple:
         captured = self.capture(values, call.data)
-        books = Bookkeeping(self.plan.parts, captured, call.parameters, inputs)
-        squared = books.squared_norms().astype(norm_type(call.parameters))
+        part_of = self.rule.partition(call.names)
+        books = Bookkeeping(self.plan.parts, captured, call.parameters, inputs, part_of)
+        by_part = [
+            squared.astype(norm_type(call.parameters))
+            for squared in books.squared_norms(len(self.rule.thresholds))
+        ]
+        squared = whole(by_part)
         within = max((len(part.uses) + len(part.group.values) for part in self.plan.parts), default=1)
         parts = clipping_error.chain(within) + clipping_error.chain(max(1, len(self.plan.parts)))
-        factors = clip_factors(squared, mask, self.clip_norm, call.parameters, parts)
+        factors = factors_by_part(self.rule, by_part, mask, call.parameters, parts)
         if self.plan.second_backward:
             # Behind a barrier, or the compiler would find that it has all this already.
             again, factors = lax.optimization_barrier((call.data, factors))
-            books = Bookkeeping(self.plan.parts, self.capture(values, again), call.parameters, inputs)
+            books = Bookkeeping(
+                self.plan.parts, self.capture(values, again), call.parameters, inputs, part_of
+            )
 
         def together() -> tuple:
             sums = books.sums(factors)
-            whole = [
+            every = [
                 sums[i] if i in sums else jnp.zeros(jnp.shape(p), accumulated(p.dtype))
                 for i, p in enumerate(call.parameters)
             ]
-            return whole, jnp.sqrt(squared), captured.losses, captured.aux
+            return every, jnp.sqrt(squared), captured.losses, captured.aux
 
-        return unless_infinite(squared, together, call, mask, self.clip_norm)
+        return unless_infinite(squared, together, call, mask, self.rule)

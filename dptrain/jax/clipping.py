@@ -13,6 +13,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from dptrain.core import checks, methods
+from dptrain.core.clip_rules import ClipRule, Flat
 from dptrain.core.methods import Method
 
 from . import baselines, stopwatch
@@ -34,7 +35,7 @@ from .versions import calls_back, draws_together
 def clipped_grad(
     loss_fn: Callable,
     *,
-    clip_norm: float,
+    clip_norm: float | ClipRule,
     method: str = "auto",
     argnums: int = 0,
     batch_argnums: int | Sequence[int] = 1,
@@ -54,7 +55,8 @@ def clipped_grad(
         loss_fn: ``loss_fn(params, example) -> scalar``, the loss of one example; with ``has_aux`` it returns
             ``(scalar, aux)``. The model may be written in Flax, Haiku, Equinox or nothing.
         clip_norm: C, the largest l2 norm of an example's gradient over all parameters (flat clipping, Abadi
-            et al. 2016, arXiv 1607.00133).
+            et al. 2016, arXiv 1607.00133); or a rule of ``dptrain.core.clip_rules``: ``Automatic``,
+            ``PerLayer``, ``GroupWise``, to which parameters are called by their path, with dots.
         method: a name or alias of the table in ``dptrain.core.methods``.
         argnums: the argument that holds the trainable parameters: floating-point arrays, in any tree.
         batch_argnums: the arguments whose leaves have the examples on their leading axis. All others are
@@ -77,9 +79,9 @@ def clipped_grad(
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function of (params, example), and is {checks.shown(loss_fn)}.")
     row = methods.resolve(method)
-    clip_norm = checks.number("clip_norm", clip_norm)
-    if not 1e-12 <= clip_norm < float("inf"):  # below, squares of float32 vanish
-        raise ValueError(f"clip_norm must be at least 1e-12 and finite, and is {clip_norm}.")
+    rule = clip_norm if isinstance(clip_norm, ClipRule) else Flat(checks.number("clip_norm", clip_norm))
+    if not all(1e-12 <= c < float("inf") for c in rule.thresholds):  # below, squares of float32 vanish
+        raise ValueError(f"clip_norm must be at least 1e-12 and finite, and is {min(rule.thresholds)}.")
     argnums = checks.whole("argnums", argnums, minimum=0)
     listed = batch_argnums if isinstance(batch_argnums, Sequence) else (batch_argnums,)
     batched = tuple(checks.whole("each of batch_argnums", i, minimum=0) for i in listed)
@@ -95,7 +97,7 @@ def clipped_grad(
             checks.whole(option, value)
     place = placement(mesh, shard_params)
     return ClippedGrad(
-        loss_fn, clip_norm, row, argnums, batched, has_aux, allow_unused, memory_budget, rows, place
+        loss_fn, rule, row, argnums, batched, has_aux, allow_unused, memory_budget, rows, place
     )
 
 
@@ -105,7 +107,7 @@ class ClippedGrad:
     def __init__(
         self,
         loss_fn: Callable,
-        clip_norm: float,
+        rule: ClipRule,
         method: Method,
         argnums: int,
         batched: tuple[int, ...],
@@ -115,7 +117,7 @@ class ClippedGrad:
         rows: int | None = None,
         place: Placement | None = None,
     ):
-        self.loss_fn, self.clip_norm, self.method = loss_fn, clip_norm, method
+        self.loss_fn, self.rule, self.method = loss_fn, rule, method
         self.argnums, self.batched, self.has_aux = argnums, batched, has_aux
         self.allow_unused, self.memory_budget, self.rows = allow_unused, memory_budget, rows
         self.on_mesh = None if place is None else OnMesh(self, place)
@@ -152,8 +154,8 @@ class ClippedGrad:
 
     @property
     def bound(self) -> float:
-        """C, or infinity for the method that does not clip."""
-        return self.clip_norm if self.method.is_private else math.inf
+        """On the norm of each example's part of the sum: infinite for the method that does not clip."""
+        return self.rule.sensitivity if self.method.is_private else math.inf
 
     def plan(self, *args: Any) -> Plan:
         """What would be done with these arguments, or with ``jax.ShapeDtypeStruct`` of their shapes; on a
@@ -258,7 +260,7 @@ class ClippedGrad:
         divided = split(program, program.inputs[:n], program.inputs[n : n + m])
         found = Capture(divided)
         self._check_coverage(call, found)
-        looped = Plan(methods.Capture.LOOP, 1), baselines.looped(self.clip_norm), "loop"
+        looped = Plan(methods.Capture.LOOP, 1), baselines.looped(self.rule), "loop"
         if capture is methods.Capture.NONE:
             return Plan(capture, size), baselines.non_private, "whole"
         if capture is methods.Capture.LOOP:
@@ -271,7 +273,7 @@ class ClippedGrad:
                 "first example's key: use threefry keys, or method='per-example-loop'."
             )
         if capture is methods.Capture.VMAP:
-            return Plan(capture, size), baselines.vectorised(self.clip_norm), "whole"
+            return Plan(capture, size), baselines.vectorised(self.rule), "whole"
         used = dict.fromkeys([use.value for use in found.uses] + list(found.direct))
         grouped = groups(divided, used)
         if rounding := next((g.rounds for g in grouped if g.rounds), None):
@@ -284,13 +286,13 @@ class ClippedGrad:
         routes = routed(self.method, parts(found, grouped), jax.default_backend())
         second = self.method.sum is methods.Sum.SECOND_BACKWARD
         by_uses = Plan(methods.Capture.USES, self.rows or size, second, routes)
-        ways = {"whole": (by_uses, ByUses(found, by_uses, self.clip_norm))}
+        ways = {"whole": (by_uses, ByUses(found, by_uses, self.rule))}
         measured = self.memory_budget is not None or is_worth_measuring(routes, size)
         if capture is methods.Capture.PLANNED and self.rows is None and measured:
             ways["loop"] = looped[:2]
             for rows in parts_to_try(size):
                 plan = replace(by_uses, rows=rows)
-                ways[f"rows {rows}"] = plan, ByUses(found, plan, self.clip_norm)
+                ways[f"rows {rows}"] = plan, ByUses(found, plan, self.rule)
             way = way or self._fastest(call, closed, ways)
         way = way or "whole"
         return *ways[way], way

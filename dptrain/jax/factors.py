@@ -8,14 +8,37 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from dptrain.core import clipping_error
+from dptrain.core.clip_rules import ClipRule
 from dptrain.core.clipping_error import LEVEL
 
 
+def factors_by_part(
+    rule: ClipRule, squared: Sequence[Array], mask: Array, parameters: Sequence[Array], parts: int
+) -> list[Array]:
+    """Clip factors for each part of the rule; 0 in all where the gradient is not finite in one.
+
+    Args:
+        squared: squared norms over the parameters of each part; the others as for ``clip_factors``.
+    """
+    for each in squared if len(squared) > 1 else ():
+        mask = mask & jnp.isfinite(each)
+    return [
+        clip_factors(each, mask, threshold, parameters, parts, rule.stability)
+        for each, threshold in zip(squared, rule.thresholds, strict=True)
+    ]
+
+
 def clip_factors(
-    squared: Array, mask: Array, clip_norm: float, parameters: Sequence[Array], parts: int
+    squared: Array,
+    mask: Array,
+    clip_norm: float,
+    parameters: Sequence[Array],
+    parts: int,
+    stability: float | None = None,
 ) -> Array:
     """``min(1, C / norm)``, a hair less so that rounding never lets a norm exceed C (how much a hair is:
-    ``core/clipping_error.py``); 0 where masked, or where the gradient is not finite.
+    ``core/clipping_error.py``), with a stability ``C / (norm + stability)``; 0 where masked, or where the
+    gradient is not finite.
 
     Args:
         squared: squared norms over all parameters, by ``sum_of_squares``.
@@ -25,8 +48,16 @@ def clip_factors(
     elements = sum(p.size for p in parameters)
     narrowest = min(jnp.dtype(norm_type([p])).name for p in parameters)  # "float32" < "float64"
     margin = clipping_error.margin(narrowest, elements, parts, clip_norm, clipping_error.LEVELS)
-    factor = jnp.minimum(1.0, clip_norm * margin / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
+    if stability is None:
+        factor = jnp.minimum(1.0, clip_norm * margin / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
+    else:
+        factor = clip_norm * margin / (norm + stability)
     return jnp.where(mask & jnp.isfinite(squared), factor, 0.0)
+
+
+def whole(squared: Sequence[Array]) -> Array:
+    """Squared norms over all parameters, of those by part of the clip rule."""
+    return squared[0] if len(squared) == 1 else jnp.sum(jnp.stack(squared), 0)
 
 
 def norm_type(parameters: Sequence[Array]) -> jnp.dtype:

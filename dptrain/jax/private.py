@@ -24,7 +24,7 @@ from .accumulate import Accumulator
 from .clipping import clipped_grad
 from .hosts import Processes, check_the_same
 from .placement import Placement, placement
-from .release import PrivateGradient, private, privatize, refuse_grid
+from .release import PrivateGradient, private, privatize, refuse_what_is_for_torch
 
 
 class PrivateTraining:
@@ -51,7 +51,7 @@ class PrivateTraining:
     ):
         self.mechanism, self.physical_batch_size, self.masked = mechanism, physical_batch_size, masked
         options = {} if place is None else {"mesh": place.mesh, "shard_params": place.shard_params}
-        clipped = clipped_grad(loss_fn, clip_norm=mechanism.clip_norm, method=method, **options)
+        clipped = clipped_grad(loss_fn, clip_norm=mechanism.clip_rule, method=method, **options)
         self.accumulator = Accumulator(clipped)
         chain = private(optimizer)
         self._data, self._releases, self._taken, self._place = dataset, releases, taken, place
@@ -196,7 +196,7 @@ def make_private(
     if len(sizes) != 1:
         raise ValueError(f"the arrays of the data set hold different numbers of examples: {sorted(sizes)}.")
     (size,) = sizes
-    refuse_grid(mechanism)
+    refuse_what_is_for_torch(mechanism)
     check_dataset_size(mechanism, size)
     if mesh is not None and not masked:
         raise ValueError("masked=False is for one device: on a mesh all have batches of one shape.")

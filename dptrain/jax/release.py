@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dptrain.core.clip_rules import Quantile
 from dptrain.core.entropy import Key
 from dptrain.core.mechanism import Mechanism
 from dptrain.core.release import step_to_release
@@ -95,19 +96,25 @@ def privatize(
             "privatize takes its key from the host, and a compiled function would draw the same noise each "
             "time: call it outside of jax.jit."
         )
-    refuse_grid(mechanism)
+    refuse_what_is_for_torch(mechanism)
     spec = step_to_release(mechanism, clipped_sum.clip_norm)
     mean = noisy_mean(clipped_sum.grads, spec.noise_stddev, spec.expected_batch_size, key, donate)
     return PrivateGradient(mean, spec, key.reproducible, _DOOR)
 
 
-def refuse_grid(mechanism: Mechanism | StepSpec) -> None:
-    """Raises ValueError: the mechanism is hardened."""
+def refuse_what_is_for_torch(mechanism: Mechanism | StepSpec) -> None:
+    """Raises ValueError: the mechanism is hardened, or its clip norm changes."""
     steps = [spec for spec, _ in mechanism.segments] if isinstance(mechanism, Mechanism) else [mechanism]
     if any(isinstance(spec, StepSpec) and spec.grid is not None for spec in steps):
         raise ValueError(
             "JAX's sums are in floating point, and this mechanism's on an integer grid: use one that is not "
             "hardened, or dptrain.torch."
+        )
+    rules = {spec.clip_rule for spec in steps if isinstance(spec, StepSpec)}
+    if len(rules) > 1 or any(isinstance(rule, Quantile) for rule in rules):
+        raise ValueError(
+            "JAX's steps are compiled for one clip norm, and this mechanism's changes: use another, or "
+            "dptrain.torch."
         )
 
 

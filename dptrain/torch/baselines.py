@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from dptrain.core.clip_rules import ClipRule, Flat
 from dptrain.core.methods import Capture, Method
 
-from .bookkeeping import clip_factors, total_of
+from .bookkeeping import Bookkeeping, factors_by_part, total_of
 from .clipped_sum import owned
 from .errors import refusing
 from .full_precision import full_precision
@@ -27,12 +28,12 @@ NO_VMAP = "per-example-vmap cannot transform this model ({}): use method='auto'.
 Result = tuple[dict[str, Tensor], Tensor, Tensor]  # grads, norms [B], losses [B]
 
 
-def run(method: Method, model, loss_fn, parameters, batch, mask, batch_size, clip_norm, grid=None) -> Result:
+def run(method: Method, model, loss_fn, parameters, batch, mask, batch_size, rule, grid=None) -> Result:
     """Dispatch; all return sums over the examples in ``mask``, on the grid if there is one."""
     if method.capture is Capture.LOOP:
-        return one_by_one(model, loss_fn, parameters, batch, mask, batch_size, clip_norm, grid)
+        return one_by_one(model, loss_fn, parameters, batch, mask, batch_size, rule, grid)
     if method.capture is Capture.VMAP:
-        return vectorised(model, loss_fn, parameters, batch, mask, batch_size, clip_norm, grid)
+        return vectorised(model, loss_fn, parameters, batch, mask, batch_size, rule, grid)
     return non_private(model, loss_fn, parameters, batch, mask, batch_size)
 
 
@@ -40,10 +41,10 @@ def _rows(batch: Any, start: int, stop: int) -> Any:
     return tree_map(lambda t: t[start:stop] if isinstance(t, Tensor) else t, batch)
 
 
-def one_by_one(model, loss_fn, parameters, batch, mask, batch_size, clip_norm, grid=None) -> Result:
+def one_by_one(model, loss_fn, parameters, batch, mask, batch_size, rule: ClipRule, grid=None) -> Result:
     """Physical batches of one: memory of a single gradient, and correct for any model."""
-    leaves = list(parameters.values())
-    on_grid = None if grid is None else GridSums(parameters, clip_norm, grid)
+    leaves, parts = list(parameters.values()), _Parts(rule, parameters)
+    on_grid = None if grid is None else GridSums(parameters, rule.sensitivity, grid)
     total = {n: torch.zeros_like(widen(p.detach())) for n, p in parameters.items()} if grid is None else {}
     norms, losses = [], []
     for b in range(batch_size):
@@ -52,32 +53,43 @@ def one_by_one(model, loss_fn, parameters, batch, mask, batch_size, clip_norm, g
         check_losses(loss, 1)
         found = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
         grads = {name: g.unsqueeze(0) for name, g in zip(parameters, found) if g is not None}
-        squared = _squared_norms(grads, 1, loss)
+        by_part = parts.squared_norms(grads, 1, loss)
+        squared = Bookkeeping.whole(by_part)
         here = torch.as_tensor(mask is None or bool(mask[b]), device=loss.device)
         use = here & squared.isfinite() & loss.isfinite().all()
         if on_grid is not None:
-            on_grid.add(grads, _factors(squared, on_grid.aim, leaves), use)
+            (factors,) = parts.factors(by_part, Flat(on_grid.aim))
+            on_grid.add(grads, factors, use)
         elif bool(use):
-            factor = _factors(squared, clip_norm, leaves).squeeze(0)
+            factors = parts.factors(by_part, rule)
             for name, g in grads.items():
-                total[name].add_(widen(g.squeeze(0)) * factor)
+                total[name].add_(widen(g.squeeze(0)) * factors[parts.of[name]].squeeze(0))
         norms.append(squared.sqrt().squeeze(0))
         losses.append(loss.detach().squeeze(0))
     sums = total if on_grid is None else on_grid.sums
     return sums, *_masked(torch.stack(norms), torch.stack(losses), mask)
 
 
-def _squared_norms(gradients: dict[str, Tensor], batch_size: int, loss: Tensor) -> Tensor:
-    """``[B]`` over all parameters, of ``[B, *parameter]`` each."""
-    parts = [squared_norm(g) for g in gradients.values()]
-    return total_of(parts) if parts else torch.zeros(batch_size, device=loss.device)
+class _Parts:
+    """The parameters by the part of the clip rule that they belong to."""
+
+    def __init__(self, rule: ClipRule, parameters: dict[str, Tensor]):
+        self.of = dict(zip(parameters, rule.partition(list(parameters)), strict=True))
+        self.count = len(rule.thresholds)
+        self.elements, self.tensors = sum(p.numel() for p in parameters.values()), len(parameters)
+
+    def squared_norms(self, gradients: dict[str, Tensor], batch_size: int, loss: Tensor) -> list[Tensor]:
+        """``[B]`` over the parameters of each part, of ``[B, *parameter]`` each."""
+        found: list[list[Tensor]] = [[] for _ in range(self.count)]
+        for name, gradient in gradients.items():
+            found[self.of[name]].append(squared_norm(gradient))
+        return [total_of(each) if each else torch.zeros(batch_size, device=loss.device) for each in found]
+
+    def factors(self, squared: list[Tensor], rule: ClipRule) -> list[Tensor]:
+        return factors_by_part(rule, squared, self.elements, self.tensors)
 
 
-def _factors(squared: Tensor, clip_norm: float, leaves: list[Tensor]) -> Tensor:
-    return clip_factors(squared, clip_norm, sum(p.numel() for p in leaves), len(leaves))
-
-
-def vectorised(model, loss_fn, parameters, batch, mask, batch_size, clip_norm, grid=None) -> Result:
+def vectorised(model, loss_fn, parameters, batch, mask, batch_size, rule: ClipRule, grid=None) -> Result:
     """``vmap(grad)`` of the loss of one example, as functorch users write it."""
     wrapper = _Loss(model, loss_fn)
     frozen = {f"model.{n}": p.detach() for n, p in model.named_parameters() if not p.requires_grad}
@@ -95,24 +107,26 @@ def vectorised(model, loss_fn, parameters, batch, mask, batch_size, clip_norm, g
         grads, losses = transform(mine, batch)
     with full_precision(losses.device):
         grads = {name.removeprefix("model."): g for name, g in grads.items()}
-        return _clipped(parameters, grads, losses, mask, batch_size, clip_norm, grid)
+        return _clipped(parameters, grads, losses, mask, batch_size, rule, grid)
 
 
-def _clipped(parameters, grads, losses, mask, batch_size, clip_norm, grid) -> Result:
-    squared = _squared_norms(grads, batch_size, losses)
+def _clipped(parameters, grads, losses, mask, batch_size, rule, grid) -> Result:
+    parts = _Parts(rule, parameters)
+    by_part = parts.squared_norms(grads, batch_size, losses)
+    squared = Bookkeeping.whole(by_part)
     included = squared.isfinite() & losses.isfinite()
     if mask is not None:
         included = included & mask
-    leaves = list(parameters.values())
     if grid is not None:
-        on_grid = GridSums(parameters, clip_norm, grid)
-        on_grid.add(grads, _factors(squared, on_grid.aim, leaves), included)
+        on_grid = GridSums(parameters, rule.sensitivity, grid)
+        (factors,) = parts.factors(by_part, Flat(on_grid.aim))
+        on_grid.add(grads, factors, included)
         return on_grid.sums, *_masked(squared.sqrt(), losses.detach(), mask)
-    factors = torch.where(included, _factors(squared, clip_norm, leaves), 0.0)
+    factors_of = [torch.where(included, each, 0.0) for each in parts.factors(by_part, rule)]
     sums = {}
     for name, g in grads.items():
         keep = included.reshape(-1, *[1] * (g.dim() - 1))
-        sums[name] = weighted_sum(torch.where(keep, widen(g), 0.0), factors)
+        sums[name] = weighted_sum(torch.where(keep, widen(g), 0.0), factors_of[parts.of[name]])
     return sums, *_masked(squared.sqrt(), losses.detach(), mask)
 
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from dptrain.core.clip_rules import ClipRule, Flat
+
 from . import routing
 from .bookkeeping import Bookkeeping
 from .capture import Capture, ignore
@@ -32,10 +34,10 @@ from .workspace import Workspace
 
 
 class Task(Protocol):
-    """What is to be clipped, and to what norm."""
+    """What is to be clipped, and how."""
 
     model: nn.Module
-    clip_norm: float
+    rule: ClipRule
 
     def loss_fn(self, model: nn.Module, batch: Any, /) -> Tensor: ...
 
@@ -98,8 +100,8 @@ def _clipped_sum(
     """Backward passes, norms, clip factors and the sum."""
     trouble = Trouble(sharding)
     with trouble:
-        plan = _settled(plan, capture, losses, mask, parameters, batch_size)
-    books = Bookkeeping(plan, parameters, batch_size, workspace)
+        plan = _settled(plan, task.rule, capture, losses, mask, parameters, batch_size)
+    books = Bookkeeping(plan, parameters, batch_size, workspace, task.rule)
     if sharding is not None:
         books.at_hand = lambda values: sharding.gathered(sharding.behind(values))
     capture.sink = _within("norms", trouble.withheld(books.norms))
@@ -109,7 +111,8 @@ def _clipped_sum(
     sums = None if sharding is None else ShardedSums(books, capture, sharding, into)
     trouble.share("" if sums is None else sums.way)
     with section("norms"):
-        squared = books.finish(capture)
+        by_part = books.finish(capture)
+    squared = books.whole(by_part)
     finite = squared.isfinite() & losses.detach().isfinite()
     everything_finite = bool(finite.all())  # masked rows too: one that overflowed must be zeroed
     included = finite if mask is None else finite & mask
@@ -117,20 +120,21 @@ def _clipped_sum(
     norms, values = torch.where(keep, squared.sqrt(), 0.0), torch.where(keep, losses.detach(), 0.0)
     with section("clip and accumulate"), _adding_to(into, books, last, sharding):
         if plan.grid is None:
-            factors = torch.where(included, books.clip_factors(squared, task.clip_norm), 0.0)
-            books.factors, books.included = factors, None if everything_finite else included
+            books.factors = [torch.where(included, each, 0.0) for each in books.clip_factors(by_part)]
+            books.included = None if everything_finite else included
             if sums is None:
                 grads = _sums(plan, books, capture, total, parameters)
             else:
                 grads = _sharded_sums(sums, plan, capture, total, parameters)
         else:
-            on_grid = GridSums(parameters, task.clip_norm, plan.grid, into and into.grads)
-            factors = books.clip_factors(squared, on_grid.aim)
+            on_grid = GridSums(parameters, task.rule.sensitivity, plan.grid, into and into.grads)
+            (factors,) = books.clip_factors(by_part, Flat(on_grid.aim))
             on_grid.add(dict(books.leaf_gradients), factors, included)
             grads = on_grid.sums
     if into is not None:
         return into.extended(norms, values)
-    return ClippedSum(owned(grads) if sharding is None else grads, norms, values, task.clip_norm, plan.grid)
+    bound = task.rule.sensitivity
+    return ClippedSum(owned(grads) if sharding is None else grads, norms, values, bound, plan.grid)
 
 
 def _within(name: str, sink: Callable[..., None]) -> Callable[..., None]:
@@ -201,7 +205,7 @@ def _forward(task, plan: Plan, parameters, everything, batch, batch_size) -> tup
     return capture, losses
 
 
-def _settled(plan: Plan, capture: Capture, losses, mask, parameters, batch_size: int) -> Plan:
+def _settled(plan: Plan, rule: ClipRule, capture: Capture, losses, mask, parameters, batch_size: int) -> Plan:
     """The plan for this batch: another one only where the data decide what an operation sees.
 
     Raises:
@@ -217,5 +221,7 @@ def _settled(plan: Plan, capture: Capture, losses, mask, parameters, batch_size:
     findings = dataclasses.replace(plan.findings, uses=facts, groups=groups)
     if plan.grid is not None:
         findings = findings.at_leaves()
+    else:
+        findings = findings.within(dict(zip(parameters, rule.partition(list(parameters)), strict=True)))
     made = make_plan(plan.method, findings, batch_size, losses.device, plan.options)
     return dataclasses.replace(made, grid=plan.grid)

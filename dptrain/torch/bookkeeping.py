@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dptrain.core import clipping_error
+from dptrain.core.clip_rules import ClipRule, Flat
 
 from . import standardised
 from .capture import Capture, Use
@@ -28,7 +29,7 @@ from .pullback import (
     tied_squared_norms,
 )
 from .routes import DIRECT, Route
-from .trace import CHANGING
+from .trace import CHANGING, UseFacts
 from .uses import gram
 from .uses.base import add_to, squared_norm, weighted_sum, widen
 from .workspace import Workspace
@@ -45,6 +46,7 @@ class Bounded(NamedTuple):
     squared: Tensor
     bound: Tensor
     plainly: Callable[[], Tensor]
+    part: int  #: of the clip rule
 
 
 def in_full_precision(method):
@@ -58,8 +60,11 @@ def in_full_precision(method):
     return wrapped
 
 
-def clip_factors(squared: Tensor, clip_norm: float, elements: int, parts: int) -> Tensor:
-    """``min(1, C / ||g_b||)``, a hair less so that rounding never lets a norm exceed C.
+def clip_factors(
+    squared: Tensor, clip_norm: float, elements: int, parts: int, stability: float | None = None
+) -> Tensor:
+    """``min(1, C / ||g_b||)``, a hair less so that rounding never lets a norm exceed C; with a stability
+    ``C / (||g_b|| + stability)``.
 
     Zero where the norm is not finite (rule 5). Float32 or better (rule 7). How much a hair is:
     ``core/clipping_error.py``.
@@ -72,7 +77,10 @@ def clip_factors(squared: Tensor, clip_norm: float, elements: int, parts: int) -
     norms = squared.sqrt()
     dtype = str(squared.dtype).removeprefix("torch.")
     margin = clipping_error.margin(dtype, elements, parts, clip_norm, clipping_error.BLOCKS)
-    factors = (clip_norm * margin / norms).clamp(max=1)
+    if stability is None:
+        factors = (clip_norm * margin / norms).clamp(max=1)
+    else:
+        factors = clip_norm * margin / (norms + stability)
     return torch.where(norms.isfinite(), factors, torch.zeros_like(factors))
 
 
@@ -81,6 +89,23 @@ def _stacked(rows: list[Tensor]) -> Tensor:
     if any(row.dtype != rows[0].dtype for row in rows):
         rows = [row.double() for row in rows]
     return torch.stack(rows)
+
+
+def factors_by_part(rule: ClipRule, squared: list[Tensor], elements: int, parts: int) -> list[Tensor]:
+    """Clip factors ``[B]`` or ``[]`` for each part of the rule; a gradient that is not finite in one of them
+    counts in none.
+
+    Args:
+        squared: of each part, as for ``clip_factors``, like the last two.
+    """
+    found = [
+        clip_factors(each, threshold, elements, parts, rule.stability)
+        for each, threshold in zip(squared, rule.thresholds, strict=True)
+    ]
+    if len(found) == 1:
+        return found
+    finite = torch.stack([each.isfinite() for each in squared]).all(0)
+    return [torch.where(finite, factors, 0.0) for factors in found]
 
 
 def total_of(parts: list[Tensor]) -> Tensor:
@@ -94,21 +119,30 @@ class Bookkeeping:
     """What becomes of each use in the backward pass of one physical batch."""
 
     def __init__(
-        self, plan: Plan, parameters: dict[str, Tensor], batch_size: int, workspace: Workspace | None = None
+        self,
+        plan: Plan,
+        parameters: dict[str, Tensor],
+        batch_size: int,
+        workspace: Workspace | None = None,
+        rule: ClipRule = Flat(1.0),  # noqa: B008 -- for norms alone
     ):
         self.plan, self.parameters, self.batch_size = plan, parameters, batch_size
+        self.rule = rule
+        #: by name: the part of the rule that a parameter belongs to
+        self.part_of = dict(zip(parameters, rule.partition(list(parameters)), strict=True))
         self.workspace = workspace or Workspace()
         self.group_of: dict[int, tuple[int, Group, Route]] = {
             index: (number, group, route)
             for number, (group, route) in enumerate(zip(plan.findings.groups, plan.routes))
             for index in group.uses
         }
-        #: parts of the squared norms ``[B]``
-        self.parts: list[Tensor] = []
+        #: parts of the squared norms ``[B]``, each with the part of the rule that it belongs to
+        self.parts: list[tuple[int, Tensor]] = []
         self.bounded: list[Bounded] = []
-        #: gradients ``[B, *value]`` so small that a call for each would cost more than the arithmetic
-        self.small: list[tuple[Tensor, Tensor]] = []
-        self.small_gradients: Tensor
+        #: gradients ``[B, *value]`` so small that a call for each would cost more than the arithmetic, by
+        #: the part of the rule that they belong to; then side by side
+        self.small: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self.small_gradients: dict[int, Tensor] = {}
         self.operands: dict[int, tuple[Tensor | None, Tensor]] = {}
         self.gradients: dict[int, Tensor] = {}
         self.waiting: dict[int, dict[int, Any]] = {}
@@ -121,8 +155,8 @@ class Bookkeeping:
         self.at_hand: Callable[[list[Tensor]], AbstractContextManager] = contextlib.nullcontext
         #: told the name of each leaf whose sum will not change any more, as far as it is known early
         self.settled: Callable[[str], None] | None = None
-        #: clip factors ``[B]``, and the examples that count, or None if all do
-        self.factors: Tensor
+        #: clip factors ``[B]`` by part of the rule, and the examples that count, or None if all do
+        self.factors: list[Tensor]
         self.included: Tensor | None = None
 
     # ---------------------------------------------------------------- first backward: norms
@@ -171,13 +205,14 @@ class Bookkeeping:
         if route.norm == "gram":
             squared, bound = use.rule.squared_norms(a, g, fact.layout, self.batch_size)
             dense = functools.partial(self._example_gradients, use, fact, a, g, SCRATCH)
-            self._trust(Bounded(squared, bound, lambda: squared_norm(dense())), route)
+            part = self._part(fact)
+            self._trust(Bounded(squared, bound, lambda: squared_norm(dense()), part), route)
             return
         gradient = self._example_gradients(use, fact, a, g, use.index if route.keeps_gradients else SCRATCH)
         if route == DIRECT and use.value.numel() <= SMALL:
-            self.small.append((use.value, gradient))
+            self.small.setdefault(self._part(fact), []).append((use.value, gradient))
             return
-        self.parts.append(squared_norm(gradient))
+        self.parts.append((self._part(fact), squared_norm(gradient)))
         if route.keeps_gradients:
             self.gradients[use.index] = gradient
 
@@ -194,7 +229,12 @@ class Bookkeeping:
             dense = lambda: gradient  # noqa: E731
         else:
             squared, bound = standard.norms(dense())
-        self._trust(Bounded(squared, bound, lambda: squared_norm(standard.pulled_back(dense()))), route)
+        plainly = lambda: squared_norm(standard.pulled_back(dense()))  # noqa: E731
+        self._trust(Bounded(squared, bound, plainly, self._part(fact)), route)
+
+    def _part(self, fact: UseFacts) -> int:
+        """Of the rule; uses that are not ``one_by_one`` have leaves of one part."""
+        return self.part_of[fact.leaves[0]]
 
     def _trust(self, norms: Bounded, route: Route) -> None:
         """Take squared norms with a bound on their error, whose use may need to be looked at again."""
@@ -214,19 +254,25 @@ class Bookkeeping:
             for i in doubtful.any(1).nonzero().flatten().tolist():
                 plain = self.bounded[i].plainly().to(padded.dtype)
                 padded[i] = torch.where(doubtful[i], plain, padded[i])
-        self.parts.append(padded.sum(0, dtype=torch.float64).to(padded.dtype))
+        rows: dict[int, list[int]] = {}
+        for row, norms in enumerate(self.bounded):
+            rows.setdefault(norms.part, []).append(row)
+        for part, its in rows.items():
+            mine = padded if len(rows) == 1 else padded[its]
+            self.parts.append((part, mine.sum(0, dtype=torch.float64).to(padded.dtype)))
         self.bounded.clear()
 
     @in_full_precision
-    def finish(self, capture: Capture) -> Tensor:
-        """Squared norms ``[B]`` over all parameters."""
+    def finish(self, capture: Capture) -> list[Tensor]:
+        """Squared norms ``[B]`` over the parameters of each part of the rule."""
         for number, members in self.waiting.items():
             group, route = self.plan.findings.groups[number], self.plan.routes[number]
             if group.kind is Kind.TIED and route.norm == "gram":
                 factors, leaf = list(members.values()), self.parameters[group.leaves[0]]
                 dense = functools.partial(tied_gradients, factors, leaf.shape)
                 plainly = lambda dense=dense: squared_norm(dense())  # noqa: E731
-                self.bounded.append(Bounded(*tied_squared_norms(factors), plainly))
+                part = self.part_of[group.leaves[0]]
+                self.bounded.append(Bounded(*tied_squared_norms(factors), plainly, part))
                 continue
             values = [capture.uses[i].value for i in members]
             leaves = [self.parameters[name] for name in group.leaves]
@@ -234,26 +280,35 @@ class Bookkeeping:
                 pulled = pull_back_examples(capture, values, list(members.values()), leaves)
             for name, gradient in zip(group.leaves, pulled):
                 if gradient is not None:
-                    self.parts.append(squared_norm(gradient))
+                    self.parts.append((self.part_of[name], squared_norm(gradient)))
                     if group.one_by_one:
                         self.leaf_gradients.append((name, gradient))
             if route.keeps_gradients and not group.one_by_one:
                 self.gradients.update(members)  # pulling back is linear: their sum is, once
         self.waiting.clear()
         self._settle()
-        if self.small:
-            self.small_gradients = torch.cat([g.reshape(self.batch_size, -1) for _, g in self.small], 1)
-            self.parts.append(squared_norm(self.small_gradients))
-        if not self.parts:
-            some = next(iter(self.parameters.values()))
-            return torch.zeros(self.batch_size, dtype=widen(some).dtype, device=some.device)
-        return total_of(self.parts)
+        for part, small in self.small.items():
+            together = torch.cat([g.reshape(self.batch_size, -1) for _, g in small], 1)
+            self.small_gradients[part] = together
+            self.parts.append((part, squared_norm(together)))
+        return [self._total(part) for part in range(len(self.rule.thresholds))]
 
-    def clip_factors(self, squared: Tensor, clip_norm: float) -> Tensor:
-        """``clip_factors`` of squared norms over all parameters."""
+    def _total(self, part: int) -> Tensor:
+        if mine := [squared for its, squared in self.parts if its == part]:
+            return total_of(mine)
+        some = next(iter(self.parameters.values()))
+        return torch.zeros(self.batch_size, dtype=widen(some).dtype, device=some.device)
+
+    @staticmethod
+    def whole(squared: list[Tensor]) -> Tensor:
+        """Squared norms ``[B]`` over all parameters, of those by part."""
+        return squared[0] if len(squared) == 1 else torch.stack(squared).sum(0)
+
+    def clip_factors(self, squared: list[Tensor], rule: ClipRule | None = None) -> list[Tensor]:
+        """``factors_by_part`` of the squared norms; by another rule of the same parts where one is given."""
         elements = sum(p.numel() for p in self.parameters.values())
         parts = len(self.plan.findings.uses) + len(self.parameters)
-        return clip_factors(squared, clip_norm, elements, parts)
+        return factors_by_part(rule or self.rule, squared, elements, parts)
 
     # ---------------------------------------------------------------- the clipped sum
 
@@ -275,7 +330,8 @@ class Bookkeeping:
             a, g = use.rule.zero_rows(a, g, included, layout)
         value, into = use.value, self._running(use.value)
         with full_precision(g.device):
-            total = use.rule.contract(value.shape, a, widen(g), self.factors, layout, self.batch_size, into)
+            factors = self.factors[self._part(fact)]
+            total = use.rule.contract(value.shape, a, widen(g), factors, layout, self.batch_size, into)
         if into is None:
             self._add_sum(value, total)
 
@@ -287,7 +343,8 @@ class Bookkeeping:
         left = self._uses_left(capture)
         for index in [i for i in self.gradients if uses is None or i in uses]:
             value, into = capture.uses[index].value, self._running(capture.uses[index].value)
-            total = self._weigh(self.gradients.pop(index), into)
+            part = self._part(self.plan.findings.uses[index])
+            total = self._weigh(self.gradients.pop(index), part, into)
             if into is None:
                 self._add_sum(value, total)
             self._count_down(left, index, capture)
@@ -322,25 +379,27 @@ class Bookkeeping:
                 self.settled(name)
 
     def _contract_small(self) -> None:
-        totals = self._weigh(self.small_gradients).split([value.numel() for value, _ in self.small])
         running: list[tuple[Tensor, Tensor]] = []
-        for (value, gradient), total in zip(self.small, totals):
-            total = total.view(value.shape).to(gradient.dtype)
-            into = self._running(value)
-            if into is None:
-                self._add_sum(value, total)
-            else:
-                running.append((into, total))
+        for part, small in self.small.items():
+            totals = self._weigh(self.small_gradients.pop(part), part).split([v.numel() for v, _ in small])
+            for (value, gradient), total in zip(small, totals):
+                total = total.view(value.shape).to(gradient.dtype)
+                into = self._running(value)
+                if into is None:
+                    self._add_sum(value, total)
+                else:
+                    running.append((into, total))
         if running:
             torch._foreach_add_(*map(list, zip(*running)))
         self.small.clear()
 
-    def _weigh(self, gradient: Tensor, into: Tensor | None = None) -> Tensor:
-        """Weighted sum of per-example gradients; a product with zero would keep NaN (rule 4)."""
+    def _weigh(self, gradient: Tensor, part: int, into: Tensor | None = None) -> Tensor:
+        """Weighted sum of per-example gradients of a part of the rule; a product with zero would keep NaN
+        (rule 4)."""
         if self.included is not None:
             keep = self.included.reshape(-1, *[1] * (gradient.dim() - 1))
             gradient = torch.where(keep, gradient, 0.0)
-        return weighted_sum(gradient, self.factors, into)
+        return weighted_sum(gradient, self.factors[part], into)
 
     def _running(self, value: Tensor) -> Tensor | None:
         """The running sum of a leaf, to which it can be added in place; None where there is none."""
@@ -368,6 +427,6 @@ class Bookkeeping:
         grads = pull_back_sums(capture, sums, self.parameters, self.grads)
         for name, gradient in self.leaf_gradients:
             if name in leaves:
-                total = self._weigh(gradient)
+                total = self._weigh(gradient, self.part_of[name])
                 grads[name] = add_to(grads.get(name), total)
         return grads

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from dptrain.core import checks, methods
+from dptrain.core.clip_rules import ClipRule, Flat
 from dptrain.core.grid import checked as checked_grid
 from dptrain.core.methods import Method
 
@@ -45,7 +46,7 @@ def clipped_grad(
     model: nn.Module,
     loss_fn: LossFn,
     *,
-    clip_norm: float,
+    clip_norm: float | ClipRule,
     method: str = "auto",
     allow_unused: bool = False,
     memory_budget: int | None = None,
@@ -60,7 +61,8 @@ def clipped_grad(
         model: any module; nothing is stored on it, and its ``.grad`` fields are not touched.
         loss_fn: ``loss_fn(model, batch) -> [B]``, one loss per example.
         clip_norm: C, the largest l2 norm of an example's gradient over all trainable
-            parameters (flat clipping, Abadi et al. 2016, arXiv 1607.00133).
+            parameters (flat clipping, Abadi et al. 2016, arXiv 1607.00133); or a rule of
+            ``dptrain.core.clip_rules``: ``Automatic``, ``PerLayer``, ``GroupWise``.
         method: a name or alias of the table in ``dptrain.core.methods``.
         allow_unused: accept trainable parameters that take no part in the losses; their gradient
             is zero and they still receive noise.
@@ -80,21 +82,27 @@ def clipped_grad(
 
     Raises:
         TypeError: no module, no function, or no number where one is needed.
-        ValueError: a clip norm below 1e-12 or not finite, an unknown method, options of ``auto`` that it or
-            another method cannot follow, or a method that cannot sum on a grid.
+        ValueError: a clip norm below 1e-12 or not finite, a rule that does not suit the parameters, an
+            unknown method, options of ``auto`` that it or another method cannot follow, or a method or rule
+            that cannot sum on a grid.
     """
     check_callables(model, loss_fn)
     row = methods.resolve(method)
-    clip_norm = checks.number("clip_norm", clip_norm)
-    if not 1e-12 <= clip_norm < float("inf"):  # below, squares of float32 vanish
-        raise ValueError(f"clip_norm must be at least 1e-12 and finite, and is {clip_norm}.")
+    rule = clip_norm if isinstance(clip_norm, ClipRule) else Flat(checks.number("clip_norm", clip_norm))
+    if not all(1e-12 <= c < float("inf") for c in rule.thresholds):  # below, squares of float32 vanish
+        raise ValueError(f"clip_norm must be at least 1e-12 and finite, and is {min(rule.thresholds)}.")
+    rule.partition(list(trainable(model)))
     options = _options(row, memory_budget, routes)
     if grid is not None:
-        grid, row = checked_grid(grid, clip_norm), _on_a_grid(row, options)
+        if not isinstance(rule, Flat):
+            raise ValueError(
+                f"on a grid gradients are clipped as a whole: give a clip norm, not {rule.name}."
+            )
+        grid, row = checked_grid(grid, rule.clip_norm), _on_a_grid(row, options)
     return ClippedGrad(
         model,
         loss_fn,
-        clip_norm,
+        rule,
         row,
         allow_unused,
         options,
@@ -136,7 +144,7 @@ class ClippedGrad:
         self,
         model: nn.Module,
         loss_fn: LossFn,
-        clip_norm: float,
+        rule: ClipRule,
         method: Method,
         allow_unused: bool,
         options: Options | None = None,
@@ -148,7 +156,7 @@ class ClippedGrad:
         self.ranks = ranks
         self._reductions: Reductions | None = None
         self.model, self.loss_fn = model, loss_fn
-        self.clip_norm, self.method, self.allow_unused = clip_norm, method, allow_unused
+        self.rule, self.method, self.allow_unused = rule, method, allow_unused
         self.options, self.grid = options or Options(), grid
         self.plans: dict[Any, Plan] = {}
         self._workspace = Workspace()
@@ -212,7 +220,7 @@ class ClippedGrad:
         """By the graph for a step (the first arguments of ``Compiler.clip``), if there is one to be had."""
         if self.compiler is None:
             return eager(into)
-        return self.compiler.clip(*step, self.clip_norm, into, eager)
+        return self.compiler.clip(*step, self.rule, into, eager)
 
     def _baseline(self, parameters: dict[str, Tensor], batch: Any, mask, into) -> ClippedSum:
         """By a method that captures nothing."""
@@ -225,20 +233,18 @@ class ClippedGrad:
             batch,
             mask,
             batch_size,
-            self.clip_norm,
+            self.rule,
             self.grid,
         )
-        bound = self.clip_norm if self.method.is_private else float("inf")
-        part = ClippedSum(grads, norms, losses, bound, self.grid)
+        part = ClippedSum(grads, norms, losses, self.bound, self.grid)
         return part if into is None else into.add_(part)
 
     def check_into(self, into: ClippedSum | None, parameters: dict[str, Tensor]) -> None:
         """Raises ValueError: the sum is not one of these parameters, this clip norm and this grid."""
         if into is None:
             return
-        bound = self.clip_norm if self.method.is_private else float("inf")
         shapes = {name: p.shape for name, p in parameters.items()}
-        alike = (into.clip_norm, into.grid) == (bound, self.grid)
+        alike = (into.clip_norm, into.grid) == (self.bound, self.grid)
         if not alike or {name: g.shape for name, g in into.grads.items()} != shapes:
             raise ValueError(
                 "the sum to add to has another clip norm, another grid or other parameters: pass only one of "
@@ -318,7 +324,12 @@ class ClippedGrad:
         """An empty sum that is shared with other ranks."""
         if self._reductions is None:
             self._reductions = Reductions(parameters, self.ranks, on_grid=self.grid is not None)
-        return self._reductions.begin(self.clip_norm if self.method.is_private else float("inf"), self.grid)
+        return self._reductions.begin(self.bound, self.grid)
+
+    @property
+    def bound(self) -> float:
+        """On the norm of each example's part of the sum: infinite for the method that does not clip."""
+        return self.rule.sensitivity if self.method.is_private else float("inf")
 
     @property
     def workspace_bytes(self) -> int:
@@ -362,6 +373,10 @@ class ClippedGrad:
         if self.grid is not None:
             findings = findings.at_leaves()
             stage = dataclasses.replace(stage, findings=stage.findings.at_leaves())
+        else:
+            parts = dict(zip(parameters, self.rule.partition(list(parameters)), strict=True))
+            findings = findings.within(parts)
+            stage = dataclasses.replace(stage, findings=stage.findings.within(parts))
         dtype = next(iter(parameters.values())).dtype
         watch = stopwatch(device, dtype if dtype == torch.float64 else torch.float32)
         measures = sharding is None or sharding.rank == 0
@@ -393,8 +408,8 @@ class ClippedGrad:
             grads = {name: torch.zeros_like(widen(p.detach())) for name, p in parameters.items()}
         else:
             grads = on_grid.zeros(parameters)
-        bound = self.clip_norm if self.method.is_private else float("inf")
-        return ClippedSum(grads, like.new_zeros(batch_size), like.new_zeros(batch_size), bound, self.grid)
+        nothing = like.new_zeros(batch_size)
+        return ClippedSum(grads, nothing, nothing.clone(), self.bound, self.grid)
 
 
 def signature(model: nn.Module, parameters: dict[str, Tensor], batch: Any) -> tuple:

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map
 
+from dptrain.core.clip_rules import ClipRule
+
 from .clipped_sum import ClippedSum, owned
 from .full_precision import full_precision
 from .guards import listed
@@ -63,7 +65,7 @@ class Compiler:
         parameters: dict[str, Tensor],
         batch: Any,
         mask: Tensor | None,
-        clip_norm: float,
+        rule: ClipRule,
         into: ClippedSum | None,
         eager: Callable[[ClippedSum | None], ClippedSum],
     ) -> ClippedSum:
@@ -77,7 +79,7 @@ class Compiler:
         Raises:
             Refused: what the eager engine raises.
         """
-        step = self._step((key, clip_norm), plan, clip_norm)
+        step = self._step((key, rule), plan, rule)
         if step is None:
             return eager(into)
         if mask is None:
@@ -86,19 +88,19 @@ class Compiler:
         try:
             found = step(parameters, batch, mask)
         except Untraceable as reason:
-            self._give_up((key, clip_norm), str(reason))
+            self._give_up((key, rule), str(reason))
             return eager(into)
         if found is None:
             return eager(into)
         if not step.called.rehearsed:
             truth = eager(None)
             if wrong := difference(found, truth, int(mask.sum())):
-                self._give_up((key, clip_norm), f"{wrong} by the compiled step differ from the eager one's")
+                self._give_up((key, rule), f"{wrong} by the compiled step differ from the eager one's")
             step.called.rehearsed = True
             found = truth
         return found if into is None else into.add_(found)
 
-    def _step(self, key: Any, plan: Plan | None, clip_norm: float) -> CompiledStep | None:
+    def _step(self, key: Any, plan: Plan | None, rule: ClipRule) -> CompiledStep | None:
         """The step for this input signature and plan; None where there is none to be had."""
         if key not in self.steps and len(self.steps) >= MOST_SIGNATURES:
             self._give_up(key, f"it has met {MOST_SIGNATURES} input signatures: pad batches to fewer shapes")
@@ -108,7 +110,7 @@ class Compiler:
         self.plans[key] += 1
         # beyond some plans without a word: what changed them may be private
         fresh = self.plans[key] <= MOST_GRAPHS
-        self.steps[key] = CompiledStep(self.model, self.loss_fn, plan, clip_norm) if fresh else None
+        self.steps[key] = CompiledStep(self.model, self.loss_fn, plan, rule) if fresh else None
         return self.steps[key]
 
     def _give_up(self, key: Any, reason: str) -> None:
@@ -123,8 +125,8 @@ class Compiler:
 class CompiledStep:
     """A step for one input signature and one plan: a graph for each state that Dynamo's guards tell apart."""
 
-    def __init__(self, model, loss_fn, plan: Plan | None, clip_norm: float):
-        self.plan, self.clip_norm = plan, clip_norm
+    def __init__(self, model, loss_fn, plan: Plan | None, rule: ClipRule):
+        self.plan, self.rule = plan, rule
         self.graphs: list[Graph] = []
         #: what is under way
         self.parameters: dict[str, Tensor] = {}
@@ -166,7 +168,7 @@ class CompiledStep:
         *sums, norms, values, ordinary = found
         if not bool(ordinary):
             return None
-        bound = self.clip_norm if self.plan is not None else float("inf")
+        bound = self.rule.sensitivity if self.plan is not None else float("inf")
         return ClippedSum(owned(dict(zip(parameters, sums))), norms, values, bound)
 
     def _backend(self, graph: torch.fx.GraphModule, _: list[Tensor]) -> Graph:
@@ -217,9 +219,7 @@ class Graph:
         if step.plan is None:
             function = ordinary_step(self._forward, self._inputs, order, len(step.mask))
         else:
-            function = private_step(
-                self._forward, self._inputs, order, step.plan, len(step.mask), step.clip_norm
-            )
+            function = private_step(self._forward, self._inputs, order, step.plan, len(step.mask), step.rule)
         with warnings.catch_warnings(), isolated_randomness(tensors):
             warnings.simplefilter("ignore")  # of torch's own making
             trace = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)

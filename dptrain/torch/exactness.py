@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from dptrain.core.clip_rules import Flat
+
 from .batch import clip_batch
 from .clipped_sum import ClippedSum
 from .clipping import ClippedGrad
@@ -173,12 +175,12 @@ class _Comparison:
         return torch.tensor(norms, dtype=torch.float64, device=self.device), total, bound
 
     def _by_plan(self, bound: float) -> ClippedSum:
-        twin = SimpleNamespace(model=self.model, loss_fn=self.loss_fn, clip_norm=bound)
+        twin = SimpleNamespace(model=self.model, loss_fn=self.loss_fn, rule=Flat(bound))
         self.reset()
         try:
             return clip_batch(twin, self.plan, self.parameters, self.rows, None, self.size)
         except Refused:  # in evaluation some modules compute otherwise: the copy gets its own plan
-            own = ClippedGrad(self.model, self.loss_fn, bound, self.plan.method, self.allow_unused)
+            own = ClippedGrad(self.model, self.loss_fn, Flat(bound), self.plan.method, self.allow_unused)
             own.plan(self.rows)
             self.reset()
             return own(self.rows)

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from dptrain.core.clip_rules import Flat
+
 from .batch import clip_batch
 from .clipping import ClippedGrad
 from .device_memory import total_memory
@@ -142,7 +144,7 @@ def _rows(batch: Any, size: int) -> Any:
 def _step(task: ClippedGrad, plan: Plan, parameters: dict[str, Tensor]) -> Callable[[Any], None]:
     def run(rows: Any) -> None:
         size = len(next(t for t in tree_leaves(rows) if isinstance(t, Tensor)))
-        clipping = SimpleNamespace(model=task.model, loss_fn=task.loss_fn, clip_norm=1.0)
+        clipping = SimpleNamespace(model=task.model, loss_fn=task.loss_fn, rule=Flat(1.0))
         try:
             clip_batch(clipping, plan, parameters, rows, None, size)
         except Refused:  # a value depends on the batch size: this size gets its own plan

@@ -13,9 +13,11 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from dptrain.core import checks
+from dptrain.core.clip_rules import Flat, Quantile
 from dptrain.core.entropy import Key
 from dptrain.core.ledger import Ledger
 from dptrain.core.mechanism import Mechanism
+from dptrain.core.quantile import FollowedClipNorm
 from dptrain.core.release import Step, check_dataset_size
 from dptrain.core.releases import NotTheSame, Numbers, Releases, releases_of
 from dptrain.core.sampling import LogicalSampler, PhysicalBatch, physical_batch_count, physical_batches, share
@@ -46,11 +48,13 @@ class PrivateTraining:
         releases,
         taken,
         ranks,
+        follow,
     ):
         self.model, self.optimizer, self.mechanism = model, optimizer, mechanism
         self.dataset, self._is_sharded = loader.dataset, bool(fsdp_modules(model))
         self._loader, self._releases, self._ranks = loader, releases, ranks
-        options = {"clip_norm": mechanism.clip_norm, "method": method, "grid": mechanism.grid}
+        self._follow: FollowedClipNorm | None = follow
+        options = {"clip_norm": mechanism.step(0).clip_rule, "method": method, "grid": mechanism.step(0).grid}
         self._clipped = clipped_grad(model, loss_fn, **options, compile=compile, ranks=ranks)
         #: sizes are tried uncompiled, for to compile each of them would take minutes; and by each rank alone
         plain = not compile and ranks.alone
@@ -62,6 +66,13 @@ class PrivateTraining:
     def taken(self) -> int:
         """Steps that model and optimizer have taken; save it with them."""
         return self._taken
+
+    @property
+    def clip_norm(self) -> float:
+        """Of the next step. Where it follows a quantile, save it with the model: it is public."""
+        if self._follow is not None:
+            return self._follow.clip_norm
+        return self.mechanism.step(min(self._taken, self.mechanism.steps - 1)).sensitivity
 
     @property
     def epsilon(self) -> float:
@@ -91,14 +102,20 @@ class PrivateTraining:
         while self._releases.may_go_on(taken):
             if taken != self._taken:  # its batches are drawn already: they would be used twice
                 raise RuntimeError("another loop has taken steps of this training: begin a new one to go on.")
-            clipped = None
+            spec, follow = self.mechanism.step(taken), self._follow
+            self._clipped.rule = Flat(follow.clip_norm) if follow else spec.clip_rule
+            clipped, centred = None, 0.0
             for batch, mask, last in batches:
                 clipped = self._clipped(batch, mask, clipped, last=last)
+                if follow:
+                    centred += follow.centred(clipped.norms[-len(mask) :][mask].cpu().numpy())
                 if last:
                     break
-            spec = self.mechanism.step(taken)
-            gradient = privatize(clipped, spec, key.child("noise", taken), donate=True)
+            noise, released = key.child("noise", taken), follow.step(spec) if follow else spec
+            gradient = privatize(clipped, released, noise, donate=True)
             self._releases.before(taken, spec, self._numbers(gradient))
+            if follow:
+                follow.follow(centred, spec, noise)
             self._taken = taken = taken + 1
             apply(self.optimizer, self.model, gradient)
             known = self.mechanism.delta is not None
@@ -150,7 +167,7 @@ class PrivateTraining:
             batch = tree_map(lambda t: t.repeat_interleave(size, 0) if torch.is_tensor(t) else t, one)
             self._tried(_to(batch, device))
 
-        limit = max(1, int(self.mechanism.expected_batch_size))
+        limit = max(1, int(max(spec.expected_batch_size for spec, _ in self.mechanism.segments)))
         return choose(run, limit, device)[0]
 
 
@@ -171,6 +188,7 @@ def make_private(
     key: Key | None = None,
     ledger: Ledger | None = None,
     taken: int = 0,
+    clip_norm: float | None = None,
     ranks: Ranks | None = None,
 ) -> PrivateTraining:
     """Train an existing model with an existing optimizer under differential privacy.
@@ -198,6 +216,8 @@ def make_private(
         taken: steps that what is passed has taken already, when it was saved. What the ledger has beyond
             them is lost, and paid for: with a key of one's own it is repeated if it comes out the same bit
             for bit, else drawn afresh, and the training ends earlier.
+        clip_norm: of a mechanism whose clip norm follows a quantile: what ``PrivateTraining.clip_norm`` was
+            when the rest was saved.
         ranks: that train together; by default all of torch.distributed's default group, where that is
             initialised.
 
@@ -255,6 +275,7 @@ def make_private(
         )
     check_dataset_size(mechanism, len(loader.dataset))
     ranks = all_ranks() if ranks is None else ranks
+    follow = _follow(mechanism, clip_norm, compile, ranks)
     if not isinstance(physical_batch_size, str):
         size = checks.whole("physical_batch_size", physical_batch_size)
         physical_batch_size = min(size, len(loader.dataset))  # no batch is ever larger
@@ -280,4 +301,25 @@ def make_private(
         releases,
         taken,
         ranks,
+        follow,
     )
+
+
+def _follow(
+    mechanism: Mechanism, clip_norm: float | None, compile: bool, ranks: Ranks
+) -> FollowedClipNorm | None:
+    """The clip norm of a mechanism whose clip norm follows a quantile."""
+    rules = {spec.clip_rule for spec, _ in mechanism.segments}
+    rule = next((rule for rule in rules if isinstance(rule, Quantile)), None)
+    if rule is None:
+        if clip_norm is not None:
+            raise ValueError("the clip norm is the mechanism's; leave clip_norm out.")
+        return None
+    if len(rules) > 1:
+        raise ValueError("a clip norm follows one quantile; give all steps of the mechanism the same rule.")
+    if compile or not ranks.alone:
+        raise ValueError(
+            "a clip norm that follows a quantile changes at every step, and is counted in one process: leave "
+            f"out {'compile' if compile else 'the other ranks'}."
+        )
+    return FollowedClipNorm(rule, clip_norm)

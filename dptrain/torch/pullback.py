@@ -15,6 +15,7 @@ Uses fall into groups that share leaves; within a group there are four cases:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -112,6 +113,16 @@ def at_leaves(groups: tuple[Group, ...]) -> tuple[Group, ...]:
     for group in groups:  # those of one leaf's selections differ in nothing but their uses
         members[group.leaves] = members.get(group.leaves, ()) + group.uses
     return tuple(Group(Kind.GENERAL, leaves, uses, one_by_one=True) for leaves, uses in members.items())
+
+
+def within(groups: tuple[Group, ...], part_of: Mapping[str, int]) -> tuple[Group, ...]:
+    """The same uses; a value whose leaves belong to several parts has no clip factor of its own, so the
+    gradients of single examples are pulled back to those leaves and summed there."""
+
+    def crosses(group: Group) -> bool:
+        return len({part_of[leaf] for leaf in group.leaves}) > 1
+
+    return tuple(at_leaves((group,))[0] if crosses(group) else group for group in groups)
 
 
 def _kind(

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from dptrain.core.clip_rules import Flat
+
 from .batch import clip_batch
 from .errors import Refused
 from .fsdp import Sharding
@@ -49,7 +51,7 @@ def _rehearse(stage: Stage, plan: Plan, sharding: Sharding | None) -> None:
     bound = float(norms.median())
     if not bool(norms.isfinite().all()) or bound < 1e-10:
         return  # the probe went on until its rows were conclusive, with other parameters
-    task = SimpleNamespace(model=stage.understudy.model, loss_fn=stage.understudy.loss_fn, clip_norm=bound)
+    task = SimpleNamespace(model=stage.understudy.model, loss_fn=stage.understudy.loss_fn, rule=Flat(bound))
     stage.understudy.reset()
     out = clip_batch(task, plan, parameters, rows(), None, stage.size, sharding=sharding)
     tolerance = _tolerance(leaves, losses)

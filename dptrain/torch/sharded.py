@@ -202,7 +202,7 @@ class ShardedGrad:
     def _result(self, grads: dict[str, Tensor], batch_size: int, into: ClippedSum | None) -> ClippedSum:
         """A sum to which this rank has added no example."""
         whole = self.whole
-        bound = whole.clip_norm if whole.method.is_private else float("inf")
+        bound = whole.bound
         zeros = self.sharding.zeros(next(iter(self.sharding.shards))).new_zeros(batch_size)
         before = ClippedSum(grads, zeros[:0], zeros[:0], bound) if into is None else into
         return ClippedSum(grads, before.norms, before.losses, bound).extended(zeros, zeros)

@@ -24,14 +24,12 @@ def one_by_one(whole: ClippedGrad, shards: Shards, rows: Any, mask: Tensor | Non
     """By a method that differentiates examples: the whole model is gathered for the duration of the batch."""
     sharding = shards.sharding
     trouble = Trouble(sharding)
-    method, model, loss_fn, clip_norm = whole.method, whole.model, whole.loss_fn, whole.clip_norm
+    method, model, loss_fn, rule = whole.method, whole.model, whole.loss_fn, whole.rule
     nothing = sharding.zeros(next(iter(sharding.shards))).new_zeros(batch_size)
     sums, norms, losses = {}, nothing, nothing
     with sharding.as_one() as full, trouble:
         if mask is None or bool(mask.any()):
-            sums, norms, losses = baselines.run(
-                method, model, loss_fn, full, rows, mask, batch_size, clip_norm
-            )
+            sums, norms, losses = baselines.run(method, model, loss_fn, full, rows, mask, batch_size, rule)
     trouble.share("")
     for unit in sharding.units:
         shards.reduce(unit, sums)

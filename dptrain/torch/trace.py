@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from .capture import Capture, Use
 from .errors import Changed
 from .layout import Placement
-from .pullback import Group, Kind, at_leaves, geometry, group_uses, leaves_of
+from .pullback import Group, Kind, at_leaves, geometry, group_uses, leaves_of, within
 
 CHANGING = (
     "the operations of the model change from call to call, so its gradients cannot be assigned to "
@@ -107,6 +108,10 @@ class Findings:
     def at_leaves(self) -> Findings:
         """With all gradients of single examples pulled back to the leaves."""
         return dataclasses.replace(self, groups=at_leaves(self.groups))
+
+    def within(self, part_of: Mapping[str, int]) -> Findings:
+        """The same for values whose leaves belong to different parts of a clip rule, by name of the leaf."""
+        return dataclasses.replace(self, groups=within(self.groups, part_of))
 
     def rerouted(self, pattern: tuple) -> Findings:
         """With all uses of this pattern routed; see ``reroute``."""

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dptrain.core.clip_rules import ClipRule
 from dptrain.core.clipping_error import BLOCK
 
 from .bookkeeping import Bookkeeping
@@ -52,7 +53,7 @@ def private_step(
     names: tuple[str, ...],
     plan: Plan,
     batch_size: int,
-    clip_norm: float,
+    rule: ClipRule,
 ) -> Callable[..., list[Tensor]]:
     """A function to be traced: ``(mask [B], *tensors) -> [*sums, norms [B], losses [B], ordinary []]``.
 
@@ -84,7 +85,7 @@ def private_step(
         if capture.hooked or capture.checkpointed:
             raise Untraceable("it hooks gradients or recomputes activations")
         with torch.autocast(losses.device.type, enabled=False):
-            return _clip(plan, capture, losses, parameters, names, mask, batch_size, clip_norm)
+            return _clip(plan, capture, losses, parameters, names, mask, batch_size, rule)
 
     return step
 
@@ -134,15 +135,16 @@ def _all_parameters(inputs: Inputs, names: tuple[str, ...], tensors) -> dict[str
     return {name: found[name] for name in names}
 
 
-def _clip(plan, capture, losses, parameters, names, mask, batch_size, clip_norm) -> list[Tensor]:
+def _clip(plan, capture, losses, parameters, names, mask, batch_size, rule) -> list[Tensor]:
     match(plan.findings, capture, parameters)
-    books = BranchFree(plan, parameters, batch_size, NoMemory())
+    books = BranchFree(plan, parameters, batch_size, NoMemory(), rule)
     capture.sink = books.norms
     total = torch.where(mask, losses, 0.0).sum()
     backward(capture, total, parameters, retain_graph=plan.second_backward)
-    squared = books.finish(capture)
+    by_part = books.finish(capture)
+    squared = books.whole(by_part)
     finite = squared.isfinite() & losses.detach().isfinite()
-    books.factors = torch.where(finite & mask, books.clip_factors(squared, clip_norm), 0.0)
+    books.factors = [torch.where(finite & mask, each, 0.0) for each in books.clip_factors(by_part)]
     books.contract(capture)
     if plan.second_backward:
         capture.sink = books.second_pass
@@ -176,9 +178,9 @@ class BranchFree(Bookkeeping):
             super()._record(use, a, g)
 
     def _settle(self) -> None:
-        for squared, bound, _ in self.bounded:
+        for squared, bound, _, part in self.bounded:
             self.doubts.append(gram.doubtful(squared, bound).any())
-            self.parts.append(squared + bound)
+            self.parts.append((part, squared + bound))
         self.bounded.clear()
 
     def _record_alone(self, use, fact, route, a, g) -> None:
@@ -186,7 +188,7 @@ class BranchFree(Bookkeeping):
             super()._record_alone(use, fact, route, a, g)
             return
         gradient = self._example_gradients(use, fact, a, g, use.index)
-        self.parts.append(_squared_norm(gradient))
+        self.parts.append((self._part(fact), _squared_norm(gradient)))
         if route.keeps_gradients:
             self.gradients[use.index] = gradient
 
@@ -204,9 +206,9 @@ class BranchFree(Bookkeeping):
             return torch.bmm(cols.mT, rows).mT
         return torch.bmm(rows.mT, cols)
 
-    def _weigh(self, gradient: Tensor, into: Tensor | None = None) -> Tensor:
+    def _weigh(self, gradient: Tensor, part: int, into: Tensor | None = None) -> Tensor:
         # A reduction reads it once, in the order of memory; a product with a vector is a call for each.
-        weights = self.factors.to(gradient.dtype).reshape(-1, *[1] * (gradient.dim() - 1))
+        weights = self.factors[part].to(gradient.dtype).reshape(-1, *[1] * (gradient.dim() - 1))
         if _is_transposed(gradient):
             return (gradient.mT * weights).sum(0).mT
         return (gradient * weights).sum(0)

@@ -25,6 +25,8 @@ AccountantName = Literal["pld", "rdp"]
 EngineName = Literal["torch", "jax"]
 RestartName = Literal["afresh", "replay"]
 ShardName = Literal["none", "optimizer"]
+ClipRuleName = Literal["flat", "automatic", "per-layer", "quantile"]
+AugmentationName = Literal["shift", "shift-flip"]
 
 
 PATHS = ("data_dir", "weights", "out")
@@ -117,6 +119,19 @@ class TrainConfig:
     """pld: tight; rdp: for comparison with older work."""
     clip_norm: float = 0.5
     """Each example's gradient is scaled down to at most this L2 norm."""
+    clip_rule: ClipRuleName = "flat"
+    """flat: as a whole; automatic: all are normalised to the clip norm, small ones too; per-layer: each layer
+    to its share of it; quantile: it only begins there and follows a quantile of the norms, whose noisy
+    estimates are part of the budget."""
+    clip_quantile: float = 0.5
+    """With --clip-rule quantile: the share of examples that shall not be clipped."""
+    noise_ramp: float = 1.0
+    """The noise multiplier of the last steps over that of the first; it changes in eight pieces, and so do
+    the next two. The budget holds for all steps together."""
+    clip_ramp: float = 1.0
+    """The clip norm of the last steps over that of the first."""
+    batch_ramp: float = 1.0
+    """The expected batch size, and with it the sample rate, of the last steps over that of the first."""
     method: str = "auto"
     """How per-example gradients are clipped; non-private turns clipping and noise off."""
     hardened: bool = False
@@ -144,6 +159,10 @@ class TrainConfig:
     """Optimizer steps. Give this or --epochs."""
     lr: float = 0.6
     """Learning rate."""
+    augmentations: int = 0
+    """So many random views of each image, whose gradients are averaged before clipping; 0: the image."""
+    augmentation: AugmentationName = "shift-flip"
+    """What a view is: shifted by up to an eighth, also mirrored left and right or not."""
     lr_schedule: ScheduleName = "constant"
     """How the learning rate changes over the run."""
     optimizer: OptimizerName = "momentum"
@@ -265,6 +284,9 @@ def _check(config: TrainConfig) -> None:
         "evaluations",
         "checkpoint_every",
         "devices",
+        "noise_ramp",
+        "clip_ramp",
+        "batch_ramp",
     )
     for name in positive:
         value = getattr(config, name)
@@ -287,6 +309,26 @@ def _check(config: TrainConfig) -> None:
         )
     if most is not None and config.accountant == "rdp":
         raise ConfigError("--max-logical-batch-size is accounted by --accountant pld alone; leave rdp out.")
+    if config.augmentations < 0:
+        raise ConfigError(
+            f"--augmentations is {config.augmentations}: give a number of views, or 0 for none."
+        )
+    if not 0 < config.clip_quantile < 1:
+        raise ConfigError(f"--clip-quantile is {config.clip_quantile}: give a number between 0 and 1.")
+    if config.hardened and (config.clip_rule != "flat" or config.clip_ramp != 1):
+        raise ConfigError("--hardened clips gradients as a whole, to one norm: leave out the other rule.")
+    if config.engine == "jax" and config.clip_ramp != 1:
+        raise ConfigError("--clip-ramp is for --engine torch; the JAX engine compiles for one clip norm.")
+    if config.clip_rule == "quantile":
+        for other, given in (
+            ("--engine jax", config.engine == "jax"),
+            ("--compile", config.compile),
+            ("--clip-ramp", config.clip_ramp != 1),
+        ):
+            if given:
+                raise ConfigError(
+                    f"--clip-rule quantile moves the clip norm at every step: leave out {other}."
+                )
     if config.physical_batch_size != "auto" and config.physical_batch_size < 1:
         raise ConfigError(
             f"--physical-batch-size is {config.physical_batch_size}: give a positive number or auto."

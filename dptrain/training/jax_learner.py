@@ -27,7 +27,7 @@ from dptrain.optim.with_optax import build_optax
 from dptrain.torch.physical_batch import Trial
 from dptrain.training.config import ConfigError
 from dptrain.training.learner import State, Tensors, put, under
-from dptrain.training.loop import BeforeRelease, Step, pieces, unprotected
+from dptrain.training.loop import BeforeRelease, Step, augmented, pieces, random_state, unprotected
 from dptrain.training.prepare import Run
 
 #: the physical batch size of ``auto``: how many of them are computed at once, the engine measures by itself
@@ -68,7 +68,11 @@ class JaxLearner:
             self.average = jax.tree.map(jnp.copy, self.params) if config.weight_average else None
         mesh = Mesh(np.array(devices), ("devices",)) if len(devices) > 1 else None
         clipped = dpj.clipped_grad(
-            self._loss, clip_norm=config.clip_norm, method=run.method, batch_argnums=(1, 2), mesh=mesh
+            self._loss,
+            clip_norm=run.mechanism.clip_rule,
+            method=run.method,
+            batch_argnums=(1, 2),
+            mesh=mesh,
         )
         self.accumulator = dpj.Accumulator(clipped)
         self.devices = len(devices)
@@ -86,8 +90,10 @@ class JaxLearner:
         if self.run.config.precision == "bf16":
             everything = jax.tree.map(lambda p: p.astype(jnp.bfloat16), everything)
             image = image.astype(jnp.bfloat16)
-        logits = self.forward(everything, image).astype(jnp.float32)
-        return -jax.nn.log_softmax(logits)[label]
+        one = lambda view: self.forward(everything, view).astype(jnp.float32)  # noqa: E731
+        if self.run.config.augmentations:  # the mean over the views [K, ...]
+            return -jnp.mean(jax.nn.log_softmax(jax.vmap(one)(image))[:, label])
+        return -jax.nn.log_softmax(one(image))[label]
 
     def _updated(
         self, params: Any, state: Any, average: Any, gradient: dpj.PrivateGradient, decay: Array
@@ -108,11 +114,12 @@ class JaxLearner:
     def get_ready(self, compiles: Callable[[], None]) -> tuple[int, list[Trial]]:
         run, size = self.run, self.run.config.physical_batch_size
         if size == "auto":
-            size = min(PHYSICAL_BATCH_SIZE, max(1, int(run.mechanism.expected_batch_size)))
+            smallest = min(spec.expected_batch_size for spec, _ in run.mechanism.segments)
+            size = min(PHYSICAL_BATCH_SIZE, max(1, int(smallest)))
         compiles()
         self.size = size
         with self._settings():
-            stand_in = _arrays(run.train.stand_in(size * self.devices))
+            stand_in = _arrays(augmented(run, run.train.stand_in(size * self.devices)))
             self._add(self.accumulator.zeros(self.params), stand_in, np.ones(size * self.devices, bool))
         return size, []
 
@@ -131,7 +138,10 @@ class JaxLearner:
         for index in range(self.taken, run.mechanism.steps):
             spec = run.mechanism.step(index)
             total, parts = self.accumulator.zeros(self.params), []
-            for batch, mask, is_last in batches:
+            drawn = key.child("forward", index)
+            for number, (batch, mask, is_last) in enumerate(batches):
+                with random_state(drawn.child(number), torch.device("cpu")):
+                    batch = augmented(run, batch)
                 out = self._add(total, _arrays(batch), mask.cpu().numpy())
                 total = out.grads
                 if run.config.show_unprotected:

@@ -11,7 +11,9 @@ from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from dptrain import torch as dpt
+from dptrain.core.clip_rules import Quantile
 from dptrain.core.entropy import Key
+from dptrain.core.quantile import FollowedClipNorm
 from dptrain.core.releases import Numbers
 from dptrain.core.spec import StepSpec
 from dptrain.optim import average_of, build_optimizer, build_schedule
@@ -109,6 +111,8 @@ class TorchLearner:
         self._build_optimizer()
         self.average = average_of(run.learner, config.weight_average) if config.weight_average else None
         self.clipped: dpt.ClippedGrad | None = None
+        rule = run.mechanism.step(0).clip_rule
+        self.follow = FollowedClipNorm(rule) if isinstance(rule, Quantile) and run.is_private else None
 
     def _build_optimizer(self) -> None:
         config = self.run.config
@@ -120,12 +124,13 @@ class TorchLearner:
     def get_ready(self, compiles: Callable[[], None]) -> tuple[int, list[Trial]]:
         run, config = self.run, self.run.config
         run.learner.train()
-        options = {"clip_norm": config.clip_norm, "method": run.method, "grid": run.mechanism.grid}
+        first = run.mechanism.step(0)
+        options = {"clip_norm": first.clip_rule, "method": run.method, "grid": first.grid}
         options |= {"ranks": ALONE}  # until they join
         clipped = dpt.clipped_grad(run.learner, make_loss(run), **options)
         size, trials = config.physical_batch_size, []
         if size == "auto":  # measured uncompiled: to compile each size would take minutes
-            largest = int(run.mechanism.expected_batch_size)
+            largest = int(max(spec.expected_batch_size for spec, _ in run.mechanism.segments))
             size, trials = choose(lambda n: clip_stand_ins(run, clipped, n), largest, run.device)
         if config.compile:
             compiles()
@@ -170,7 +175,15 @@ class TorchLearner:
             self.is_whole = False
 
         steps = logical_steps(
-            self.run, self.clipped, self.optimizer, self.size, key, self.taken, release, self.ranks
+            self.run,
+            self.clipped,
+            self.optimizer,
+            self.size,
+            key,
+            self.taken,
+            release,
+            self.ranks,
+            self.follow,
         )
         for step in steps:
             self.schedule.step()
@@ -186,6 +199,8 @@ class TorchLearner:
         if self.average is not None:
             tensors |= {f"average/{name}": value for name, value in weights(self.average.module).items()}
             numbers["averaged"] = int(self.average.n_averaged)
+        if self.follow is not None:
+            numbers["clip_norm"] = self.follow.clip_norm
         return State(tensors, numbers)
 
     def restore(self, taken: int, state: State) -> None:
@@ -194,6 +209,8 @@ class TorchLearner:
         if self.average is not None:
             put(weights(self.average.module), under("average", state.tensors))
             self.average.n_averaged.fill_(int(numbers.pop("averaged", 0)))
+        if self.follow is not None:
+            self.follow = FollowedClipNorm(self.follow.rule, numbers.pop("clip_norm", None))
         restore_optimizer(self.optimizer, self.schedule, under("optimizer", state.tensors), numbers)
         self.taken = taken
 

@@ -12,13 +12,16 @@ from torch import nn
 from torch.nn import functional
 
 from dptrain import torch as dpt
+from dptrain.core.clip_rules import Flat
 from dptrain.core.entropy import Key
+from dptrain.core.quantile import FollowedClipNorm
 from dptrain.core.releases import Numbers
 from dptrain.core.sampling import LogicalSampler, PhysicalBatch, physical_batches, share
 from dptrain.core.spec import StepSpec
 from dptrain.data import Batch
 from dptrain.models import logits
 from dptrain.torch.ranks import ALONE, Ranks
+from dptrain.training.augment import views
 from dptrain.training.device import autocast
 from dptrain.training.prepare import Run
 
@@ -48,32 +51,48 @@ class Step:
 
 
 def make_loss(run: Run) -> LossFunction:
-    """Cross-entropy per example: (model, (inputs, labels [B])) -> losses [B] float32."""
-    precision, device = run.config.precision, run.device
+    """Cross-entropy per example: (model, (inputs, labels [B])) -> losses [B] float32.
+
+    Of several views of an example, inputs [B, K, ...], it is the mean.
+    """
+    precision, device, count = run.config.precision, run.device, run.config.augmentations
 
     def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
         inputs, labels = batch
+        if count:
+            inputs, labels = inputs.flatten(0, 1), labels.repeat_interleave(count)
         with autocast(precision, device):
             outputs = logits(model, inputs)
-        return functional.cross_entropy(outputs.float(), labels, reduction="none")
+        losses = functional.cross_entropy(outputs.float(), labels, reduction="none")
+        return losses.unflatten(0, (-1, count)).mean(1) if count else losses
 
     return loss
 
 
 def clip_stand_ins(run: Run, clipped: Callable[..., dpt.ClippedSum], size: int) -> None:
     """Clip a physical batch of stand-ins, made without looking at any example."""
-    clipped(run.train.stand_in(size), torch.ones(size, dtype=torch.bool, device=run.device))
+    batch = augmented(run, run.train.stand_in(size))
+    clipped(batch, torch.ones(size, dtype=torch.bool, device=run.device))
+
+
+def augmented(run: Run, batch: Batch) -> Batch:
+    """The batch with random views [B, K, ...] in place of its images, where the run asks for some."""
+    if not run.config.augmentations:
+        return batch
+    images, labels = batch
+    return views(images, run.config.augmentations, run.config.augmentation == "shift-flip"), labels
 
 
 def logical_steps(
     run: Run,
-    clipped: Callable[..., dpt.ClippedSum],
+    clipped: dpt.ClippedGrad,
     optimizer: torch.optim.Optimizer,
     physical_batch_size: int,
     key: Key,
     first: int,
     before_release: BeforeRelease,
     ranks: Ranks = ALONE,
+    follow: FollowedClipNorm | None = None,
 ) -> Iterator[Step]:
     """Take the steps of the run's mechanism from index `first` on, one per item.
 
@@ -81,22 +100,29 @@ def logical_steps(
     with the same key is the same, and with another key shares no randomness with it.
 
     clipped: what `dpt.clipped_grad` returned. key: the run's secret. ranks: that all take these steps, each
-    with its share of the examples.
+    with its share of the examples. follow: the clip norm of a mechanism by which it follows a quantile.
     """
     batches = pieces(run, physical_batch_size, key, first, ranks)
     own = () if ranks.alone else (ranks.rank,)  # examples on different ranks draw different numbers
     for index in range(first, run.mechanism.steps):
         spec = run.mechanism.step(index)
-        total, parts = None, []
+        clipped.rule = Flat(follow.clip_norm) if follow else spec.clip_rule
+        total, parts, centred = None, [], 0.0
         with random_state(key.child("forward", index, *own), run.device):
             for batch, mask, is_last in batches:
-                total = clipped(batch, mask, into=total, last=is_last)
+                total = clipped(augmented(run, batch), mask, into=total, last=is_last)
+                norms = total.norms[-len(mask) :]
+                if follow:
+                    centred += follow.centred(norms[mask].cpu().numpy())
                 if run.config.show_unprotected:
-                    parts.append((total.losses[-len(mask) :], total.norms[-len(mask) :], mask))
+                    parts.append((total.losses[-len(mask) :], norms, mask))
                 if is_last:
                     break
-        gradient = dpt.privatize(total, spec, key.child("noise", index), donate=True)
+        noise, sum_spec = key.child("noise", index), follow.step(spec) if follow else spec
+        gradient = dpt.privatize(total, sum_spec, noise, donate=True)
         before_release(index, spec, gradient.on_host)
+        if follow:
+            follow.follow(centred, spec, noise)
         dpt.apply(optimizer, run.learner, gradient)
         yield Step(index + 1, unprotected(parts, spec) if parts else None)
 

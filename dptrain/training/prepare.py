@@ -12,8 +12,10 @@ from dptrain import torch as dpt
 from dptrain.core import methods
 from dptrain.core.accounting import REPLACE_SPECIAL
 from dptrain.core.budget import steps_in
+from dptrain.core.clip_rules import Automatic, ClipRule, Flat, PerLayer, Quantile
 from dptrain.core.entropy import Key
 from dptrain.core.mechanism import Mechanism
+from dptrain.core.ramps import ramped
 from dptrain.core.spec import TRUNCATED_POISSON
 from dptrain.data import (
     Columns,
@@ -38,6 +40,9 @@ from dptrain.training.config import ConfigError, TrainConfig
 from dptrain.training.device import check_precision, resolve_device
 from dptrain.training.make_model import Made, make_model
 from dptrain.training.saved import Tensors, restore_fixed
+
+COUNT_NOISE = 0.05
+"""Of `quantile` clipping: noise on the count, as a share of the expected batch size (Andrew et al. 2021)."""
 
 VALIDATION_SEED = 1
 """The split of --validation-fraction is public and the same in every run."""
@@ -104,6 +109,10 @@ def prepare(config: TrainConfig, fixed: Tensors | None = None, key: Key | None =
     trainable = select_trainable(model, config.trainable)
     if fixed is not None:
         restore_fixed(model, fixed)
+    if config.augmentations and (config.cache_features or len(splits.train.input_shape) != 3):
+        raise ConfigError(
+            "--augmentations makes views of images, which features and texts are not: leave it out."
+        )
     learner = model
     if config.cache_features:
         backbone, learner = split_head(model)
@@ -124,7 +133,7 @@ def prepare(config: TrainConfig, fixed: Tensors | None = None, key: Key | None =
         trainable=trainable,
         weights=made.weights,
         conversion=made.conversion,
-        mechanism=mechanism,
+        mechanism=_by_layer(config, mechanism, learner),
         method=method.name,
         device=device,
         key=key,
@@ -170,7 +179,7 @@ def make_mechanism(config: TrainConfig, dataset_size: int, private: bool) -> Mec
     sample_rate = expected / dataset_size
     steps = config.steps if config.steps is not None else steps_in(config.epochs or 0, sample_rate)
     constants: dict[str, Any] = {
-        "clip_norm": config.clip_norm,
+        "clip_norm": _clip_rule(config),
         "sample_rate": sample_rate,
         "steps": steps,
         "expected_batch_size": expected,
@@ -181,6 +190,9 @@ def make_mechanism(config: TrainConfig, dataset_size: int, private: bool) -> Mec
         constants["max_batch_size"] = config.max_logical_batch_size
         constants["dataset_size"] = dataset_size
         constants["neighbours"] = REPLACE_SPECIAL  # it is not accounted for data sets of different sizes
+    ramps = {"noise": config.noise_ramp, "clip": config.clip_ramp, "batch": config.batch_ramp}
+    if set(ramps.values()) != {1.0}:
+        return _ramped(config, constants, ramps, private)
     if not private:
         return Mechanism.constant(noise_multiplier=0.0, **constants)
     if config.noise_multiplier is not None:
@@ -188,6 +200,44 @@ def make_mechanism(config: TrainConfig, dataset_size: int, private: bool) -> Mec
     else:
         mechanism = Mechanism.calibrate(epsilon=config.epsilon, accountant=config.accountant, **constants)
     return mechanism.hardened() if config.hardened else mechanism
+
+
+def _ramped(
+    config: TrainConfig, constants: dict[str, Any], ramps: dict[str, float], private: bool
+) -> Mechanism:
+    """A mechanism that changes over the run."""
+    sigma = config.noise_multiplier or 1.0 if private else 0.0
+    first = Mechanism.constant(noise_multiplier=sigma, **constants)
+    mechanism = ramped(
+        first.step(0),
+        first.steps,
+        delta=config.delta,
+        epsilon=config.epsilon if private else None,
+        accountant=config.accountant,
+        neighbours=first.neighbours,
+        **ramps,
+    )
+    return mechanism.hardened() if config.hardened and private else mechanism
+
+
+def _clip_rule(config: TrainConfig) -> ClipRule:
+    """The rule that the mechanism is made with; `per-layer` takes its place when the layers are known."""
+    match config.clip_rule:
+        case "automatic":
+            return Automatic(config.clip_norm)
+        case "quantile":
+            count_noise = config.logical_batch_size * COUNT_NOISE
+            return Quantile(config.clip_norm, count_noise, config.clip_quantile)
+        case _:
+            return Flat(config.clip_norm)
+
+
+def _by_layer(config: TrainConfig, mechanism: Mechanism, learner: nn.Module) -> Mechanism:
+    """Each layer clipped to its share of the clip norm, which leaves sensitivity and epsilon as they are."""
+    if config.clip_rule != "per-layer":
+        return mechanism
+    names = [name for name, p in learner.named_parameters() if p.requires_grad]
+    return mechanism.with_rule(PerLayer.evenly(config.clip_norm, names))
 
 
 def _initialised(config: TrainConfig, splits: Splits, key: Key) -> Made:

@@ -212,7 +212,7 @@ class Session:
         return self.trained_s + time.perf_counter() - self.started
 
     def _examples_per_s(self) -> float:
-        return self.learner.taken * self.run.mechanism.expected_batch_size / self._training_s()
+        return self.run.mechanism.expected_examples(self.learner.taken) / self._training_s()
 
     def _evaluate(self, epsilon: float) -> None:
         model = self.learner.model()

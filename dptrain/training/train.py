@@ -58,6 +58,10 @@ def resume(
 def _train(
     config: TrainConfig, folder: RunFolder, saved: Saved | None, listener: Listener, ranks: Ranks
 ) -> Outcome:
+    if config.clip_rule == "quantile" and not ranks.alone:
+        raise ConfigError(
+            "--clip-rule quantile counts in one process: leave out torchrun, or take another rule."
+        )
     if config.engine != "torch" and not ranks.alone:
         raise ConfigError(
             f"--engine {config.engine} takes all its devices in one process: start dptrain without torchrun."

@@ -22,7 +22,7 @@ def clip(rule, blocks):
             return [b * min(1.0, c / np.linalg.norm(b)) for b, c in limits]
 
 
-RULES = [Flat(1.3), Automatic(0.4), PerLayer((3.0, 0.1, 4.0)), GroupWise((1.0, 2.0, 2.0))]
+RULES = [Flat(1.3), Automatic(0.4), PerLayer((3.0, 0.1, 4.0)), GroupWise((1.0, 2.0, 2.0), ("a", "b", ""))]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
@@ -50,7 +50,7 @@ def test_round_trip(rule):
         lambda: Automatic(1.0, 0),
         lambda: PerLayer(()),
         lambda: PerLayer((1.0, -1.0)),
-        lambda: GroupWise(1.0),
+        lambda: GroupWise(1.0, ("",)),
         lambda: clip_rules.from_dict({"rule": "none"}),
         lambda: clip_rules.from_dict({"rule": "flat", "clip_norm": 1.0, "more": 2}),
     ],

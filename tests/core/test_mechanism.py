@@ -70,7 +70,7 @@ def test_noise_is_scaled_by_the_sensitivity_of_the_rule():
     sampling = Sampling("poisson", 0.1)
     for rule, sensitivity in [
         (PerLayer((3.0, 4.0)), 5.0),
-        (GroupWise((1.0, 1.0, 1.0, 1.0)), 2.0),
+        (GroupWise((1.0, 1.0, 1.0, 1.0), ("a", "b", "c", "")), 2.0),
         (Automatic(1.5), 1.5),
     ]:
         assert StepSpec(rule, 2.0, sampling, 10).noise_stddev == pytest.approx(2 * sensitivity)
@@ -169,7 +169,7 @@ def test_every_clip_rule_and_sampler_round_trips():
         Sampling("truncated-poisson", 0.1, 1000, 150),
         Sampling("shuffle-without-amplification", 1 / 7),
     ]
-    for rule in (PerLayer((0.1, 0.3)), GroupWise((2.0,)), Automatic(0.7, 0.02)):
+    for rule in (PerLayer((0.1, 0.3)), GroupWise((2.0,), ("",)), Automatic(0.7, 0.02)):
         for sampling in samplings:
             spec = StepSpec(rule, 1.3, sampling, 17)
             mechanism = Mechanism(((spec, 3),), "replace-special", 1e-6)

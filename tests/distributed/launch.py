@@ -36,9 +36,8 @@ def together(commands: list[list[str]]) -> list[subprocess.Popen[str]]:
         free.bind(("127.0.0.1", 0))
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     meeting["WORLD_SIZE"] = str(len(commands))
-    return [
-        start(command, **meeting, RANK=str(rank), LOCAL_RANK=str(rank)) for rank, command in enumerate(commands)
-    ]
+    own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(len(commands))]
+    return [start(command, **meeting, **each) for command, each in zip(commands, own)]
 
 
 def start(command: list[str], **environment: str) -> subprocess.Popen[str]:

@@ -1,4 +1,4 @@
-"""One rank of a run, which leaves without a word where it is told to: ``leaves.py METHOD dptrain's arguments``."""
+"""One rank of a run, which leaves without a word in a method of its optimizer: ``leaves.py METHOD ...``."""
 
 from __future__ import annotations
 

@@ -206,7 +206,7 @@ def test_a_run_that_is_ending_is_not_ended_again_by_what_batch_systems_send(tmp_
 def test_a_second_ctrl_c_does_not_say_that_nothing_was_spent(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "300")
     ended_while_ending(monkeypatch, signal.SIGINT)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have it ignored in the background
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
     try:
         assert main(["train", *QUICK, "--out", str(tmp_path / "run")]) == 130
     finally:

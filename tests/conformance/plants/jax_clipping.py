@@ -22,8 +22,7 @@ from .common import Patch, zeros_like
 
 
 def _factors(patch: Patch, change: Callable[[Callable], Callable]) -> None:
-    for module in ("by_uses", "baselines"):
-        patch.around(f"dptrain.jax.{module}", "clip_factors", change)
+    patch.around("dptrain.jax.factors", "clip_factors", change)
 
 
 def twice_the_clip_norm(patch: Patch) -> None:
