@@ -3,21 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import nn, optim
 
+from dptrain.optim.momenta import AccumulatedMomentum, RunningMomentum
+
 MOMENTUM = 0.9
+DECAY = 0.99
+"""Of the mean square of RMSProp's gradients."""
 
 _FUSED = ("cpu", "cuda")  # devices
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+Maker = Callable[..., torch.optim.Optimizer]
+
+
+def _unfused(make: Maker) -> Maker:
+    """For optimizers that have no fused form."""
+    return lambda parameters, fused=None, **options: make(parameters, **options)
+
+
+OPTIMIZERS: dict[str, Maker] = {
     "sgd": optim.SGD,
-    "momentum": lambda parameters, **options: optim.SGD(parameters, momentum=MOMENTUM, **options),
+    "momentum": partial(optim.SGD, momentum=MOMENTUM),
+    "nesterov": partial(optim.SGD, momentum=MOMENTUM, nesterov=True),
+    "adagrad": optim.Adagrad,
+    "rmsprop": _unfused(partial(optim.RMSprop, alpha=DECAY)),
     "adam": optim.Adam,
     "adamw": optim.AdamW,
+    "accumulated-momentum": _unfused(AccumulatedMomentum),
+    "running-momentum": _unfused(RunningMomentum),
 }
+"""By name, as torch has them but for the last two: `momenta`."""
 
 
 def build_optimizer(
@@ -29,11 +48,12 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer called `name`, over the parameters that require gradients.
 
-    momentum: SGD with momentum 0.9. weight_decay: as torch applies it (decoupled in adamw). shared: ranks of
-    which each keeps the state of some parameters, updates those and sends them to the others (ZeRO-1).
+    momentum, nesterov: SGD with momentum 0.9. weight_decay: as torch applies it (decoupled in adamw). shared:
+    ranks of which each keeps the state of some parameters, updates those and sends them to the others
+    (ZeRO-1).
 
-    On CPUs and CUDA devices it is torch's fused one, which passes over memory once: on two CPU
-    cores AdamW takes a fraction of the time (`results/cpu-noise.json`). `dptrain.torch.apply` gives
+    On CPUs and CUDA devices it is torch's fused one, where there is one, which passes over memory once: on
+    two CPU cores AdamW takes a fraction of the time (`results/cpu-noise.json`). `dptrain.torch.apply` gives
     it gradients in the parameters' own layout, which the fused SGD for CPUs relies on.
     """
     if name not in OPTIMIZERS:

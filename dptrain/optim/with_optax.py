@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 import optax
 
-from dptrain.optim.build import MOMENTUM
+from dptrain.optim.build import DECAY, MOMENTUM
+from dptrain.optim.momenta_with_optax import scale_by_accumulated_momentum, scale_by_running_momentum
 from dptrain.optim.schedule import SCHEDULES
 
 
@@ -14,8 +15,8 @@ def build_optax(
 ) -> optax.GradientTransformation:
     """The optimizer called ``name``, with its learning rate over the run.
 
-    momentum: SGD with momentum 0.9. weight_decay: as torch applies it, to the gradient, or decoupled in
-    adamw.
+    momentum, nesterov: SGD with momentum 0.9. weight_decay: as torch applies it, to the gradient, or
+    decoupled in adamw.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"There is no schedule {schedule!r}; choose from {', '.join(SCHEDULES)}.")
@@ -27,8 +28,20 @@ def build_optax(
     made = {
         "sgd": lambda: optax.sgd(rate),
         "momentum": lambda: optax.sgd(rate, momentum=MOMENTUM),
+        "nesterov": lambda: optax.sgd(rate, momentum=MOMENTUM, nesterov=True),
+        # torch begins at zero, and divides by sqrt(sum) + 1e-10: optax's constant is below the root.
+        "adagrad": lambda: optax.chain(
+            optax.scale_by_rss(initial_accumulator_value=0.0, eps=1e-20), optax.scale_by_learning_rate(rate)
+        ),
+        "rmsprop": lambda: optax.rmsprop(rate, decay=DECAY, eps_in_sqrt=False),
         "adam": lambda: optax.adam(rate),
         "adamw": lambda: optax.adamw(rate, weight_decay=weight_decay),
+        "accumulated-momentum": lambda: optax.chain(
+            scale_by_accumulated_momentum(), optax.scale_by_learning_rate(rate)
+        ),
+        "running-momentum": lambda: optax.chain(
+            scale_by_running_momentum(), optax.scale_by_learning_rate(rate)
+        ),
     }
     if name not in made:
         raise ValueError(f"There is no optimizer {name!r}; choose from {', '.join(made)}.")

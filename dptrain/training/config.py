@@ -17,7 +17,17 @@ from dptrain.core.checks import shown
 from dptrain.core.files import Unreadable, parse_json, read_text
 from dptrain.core.printable import is_printable
 
-OptimizerName = Literal["sgd", "momentum", "adam", "adamw"]
+OptimizerName = Literal[
+    "sgd",
+    "momentum",
+    "nesterov",
+    "adagrad",
+    "rmsprop",
+    "adam",
+    "adamw",
+    "accumulated-momentum",
+    "running-momentum",
+]
 ScheduleName = Literal["constant", "linear", "cosine"]
 PrecisionName = Literal["fp32", "tf32", "bf16"]
 NormalizationName = Literal["auto", "half", "imagenet", "none"]
@@ -147,7 +157,7 @@ class TrainConfig:
     lr_schedule: ScheduleName = "constant"
     """How the learning rate changes over the run."""
     optimizer: OptimizerName = "momentum"
-    """momentum is SGD with momentum 0.9."""
+    """momentum and nesterov are SGD with momentum 0.9."""
     weight_decay: float = 0.0
     """As torch's optimizers apply it."""
     weight_average: float = 0.95
