@@ -6,48 +6,16 @@ of step t = 1, 2, ..., to which weight decay has been added. Both read private g
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+
+from dptrain.optim.directed import Directed
 
 PERIOD = 10
 """Steps over which momentum is accumulated, as in the study."""
-
-
-class Directed(Optimizer):
-    """p <- p - lr d, where a subclass says what d is. What it remembers lies in ``state``, as tensors."""
-
-    def __init__(self, parameters: Iterable[Any], lr: float, weight_decay: float = 0.0, **options: Any):
-        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, **options})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._move(p, group)
-        return loss
-
-    def _move(self, p: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[p]
-        if not state:
-            # On the host and in float32, as torch's optimizers have it.
-            state["step"] = torch.zeros((), dtype=torch.float32)
-        state["step"] += 1
-        gradient = p.grad.add(p, alpha=group["weight_decay"]) if group["weight_decay"] else p.grad
-        p.add_(self.direction(gradient, state, int(state["step"]), group), alpha=-group["lr"])
-
-    @abstractmethod
-    def direction(self, gradient: Tensor, state: dict[str, Any], step: int, group: dict[str, Any]) -> Tensor:
-        """d_t, like the gradient, which is not changed; step: t, from 1."""
 
 
 class AccumulatedMomentum(Directed):

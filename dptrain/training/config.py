@@ -25,6 +25,8 @@ OptimizerName = Literal[
     "rmsprop",
     "adam",
     "adamw",
+    "adam-bc",
+    "adamw-bc",
     "accumulated-momentum",
     "running-momentum",
 ]
@@ -157,7 +159,10 @@ class TrainConfig:
     lr_schedule: ScheduleName = "constant"
     """How the learning rate changes over the run."""
     optimizer: OptimizerName = "momentum"
-    """momentum and nesterov are SGD with momentum 0.9."""
+    """momentum and nesterov are SGD with momentum 0.9; adam-bc and adamw-bc take the noise's variance off the
+    second moment; docs/optimizers.md has them all."""
+    adam_floor: float = 0.1
+    """With adam-bc and adamw-bc: the second moment is at least this times the noise's variance."""
     weight_decay: float = 0.0
     """As torch's optimizers apply it."""
     weight_average: float = 0.95
@@ -268,6 +273,7 @@ def _check(config: TrainConfig) -> None:
         "epochs",
         "steps",
         "lr",
+        "adam_floor",
         "image_size",
         "max_length",
         "lora_rank",

@@ -77,8 +77,9 @@ VARIANTS = [
     {"model": "lenet", "image_size": 28, "trainable": "head", "cache_features": True},
     {"method": "non-private"},
     {"model": "mlp", "hardened": True},
+    {"optimizer": "adam-bc", "lr": 1e-2},
     {"optimizer": "accumulated-momentum"},
-    {"engine": "jax", "model": "mlp", "optimizer": "adam", "lr": 1e-2, "weight_average": 0.9},
+    {"engine": "jax", "model": "mlp", "optimizer": "adam-bc", "lr": 1e-2, "weight_average": 0.9},
 ]
 
 
