@@ -186,6 +186,11 @@ class StepSpec:
         return self.noise_multiplier * self.sensitivity
 
     @property
+    def mean_noise_variance(self) -> float:
+        """(noise_stddev / L)^2: of each coordinate of the noise on the released *mean*, which is public."""
+        return (self.noise_stddev / self.expected_batch_size) ** 2
+
+    @property
     def sample_rate(self) -> float:
         """q, the probability that an example is drawn."""
         return self.sampling.sample_rate

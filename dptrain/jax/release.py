@@ -38,22 +38,33 @@ class PrivateGradient:
         spec: the step of the mechanism that it spends.
         reproducible: whether its noise can be recomputed from a seed, which voids the guarantee against
             whoever knows the seed.
+        noise_variance: of the noise in each coordinate of `grads`, which is public; None where it is not
+            known.
     """
 
-    __slots__ = ("grads", "reproducible", "spec")
+    __slots__ = ("grads", "noise_variance", "reproducible", "spec")
 
-    def __init__(self, grads: Any, spec: StepSpec, reproducible: bool, door: Any = None):
+    def __init__(
+        self, grads: Any, spec: StepSpec, reproducible: bool, noise_variance: Any = None, door: Any = None
+    ):
         if door is not _DOOR:
             raise TypeError("only dptrain.jax.privatize makes a PrivateGradient.")
-        for name, value in (("grads", grads), ("spec", spec), ("reproducible", reproducible)):
+        for name, value in zip(
+            ("grads", "spec", "reproducible", "noise_variance"),
+            (grads, spec, reproducible, noise_variance),
+            strict=True,
+        ):
             object.__setattr__(self, name, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError("a PrivateGradient is not changed: its map method gives a post-processed one.")
 
-    def map(self, function: Callable) -> PrivateGradient:
-        """Post-process: ``function(grads) -> grads`` on the whole tree."""
-        return PrivateGradient(function(self.grads), self.spec, self.reproducible, _DOOR)
+    def map(self, function: Callable, noise_variance: float | jax.Array | None = None) -> PrivateGradient:
+        """Post-process: ``function(grads) -> grads`` on the whole tree.
+
+        noise_variance: of the result's noise, if you know it; optimizers that must know it refuse it else.
+        """
+        return PrivateGradient(function(self.grads), self.spec, self.reproducible, noise_variance, _DOOR)
 
     def on_host(self) -> dict[str, np.ndarray]:
         """By path in the tree, as NumPy arrays; where several processes have shards, all must call it."""
@@ -61,7 +72,7 @@ class PrivateGradient:
         return {jax.tree_util.keystr(path): hosts.gathered(leaf) for path, leaf in leaves}
 
     def tree_flatten(self) -> tuple:
-        return (self.grads,), (self.spec, self.reproducible)
+        return (self.grads,), (self.spec, self.reproducible, self.noise_variance)
 
     @classmethod
     def tree_unflatten(cls, known: tuple, children: tuple) -> PrivateGradient:
@@ -99,7 +110,7 @@ def privatize(
     refuse_what_is_for_torch(mechanism)
     spec = step_to_release(mechanism, clipped_sum.clip_norm)
     mean = noisy_mean(clipped_sum.grads, spec.noise_stddev, spec.expected_batch_size, key, donate)
-    return PrivateGradient(mean, spec, key.reproducible, _DOOR)
+    return PrivateGradient(mean, spec, key.reproducible, spec.mean_noise_variance, _DOOR)
 
 
 def refuse_what_is_for_torch(mechanism: Mechanism | StepSpec) -> None:
@@ -122,7 +133,7 @@ def private(optimizer: optax.GradientTransformation) -> optax.GradientTransforma
     """An optax optimizer that takes private gradients and nothing else.
 
     ``updates, state = private(optax.adam(1e-3)).update(gradient, state, params)``; the gradients are given to
-    the optimizer in the parameters' types.
+    the optimizer in the parameters' types, with ``noise_variance`` as an extra argument if it takes any.
 
     Raises (from ``update``):
         TypeError: anything but a ``PrivateGradient``, such as a clipped sum.
@@ -138,6 +149,6 @@ def private(optimizer: optax.GradientTransformation) -> optax.GradientTransforma
         grads = gradient.grads
         if params is not None:
             grads = jax.tree.map(lambda g, p: g.astype(jnp.result_type(p)), grads, params)
-        return inner.update(grads, state, params, **extra)
+        return inner.update(grads, state, params, noise_variance=gradient.noise_variance, **extra)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)

@@ -40,23 +40,36 @@ class PrivateGradient:
         spec: the step of the mechanism that it spends.
         reproducible: whether its noise can be recomputed from a seed, which voids the guarantee
             against whoever knows the seed.
+        noise_variance: of the noise in each coordinate of `grads`, which is public; None where it is not
+            known.
     """
 
-    __slots__ = ("grads", "reproducible", "spec")
+    __slots__ = ("grads", "noise_variance", "reproducible", "spec")
 
-    def __init__(self, grads: dict[str, Tensor], spec: StepSpec, reproducible: bool, door: Any = None):
+    def __init__(
+        self,
+        grads: dict[str, Tensor],
+        spec: StepSpec,
+        reproducible: bool,
+        noise_variance: float | None = None,
+        door: Any = None,
+    ):
         if door is not _DOOR:
             raise TypeError("only dptrain.torch.privatize makes a PrivateGradient.")
         self.grads, self.spec, self.reproducible = grads, spec, reproducible
+        self.noise_variance = noise_variance
 
     def on_host(self) -> dict[str, np.ndarray]:
         """By parameter name, as NumPy arrays; of sharded ones this rank's part."""
         return {name: local(g).detach().cpu().numpy() for name, g in self.grads.items()}
 
-    def map(self, function) -> PrivateGradient:
-        """Post-process each gradient: ``function(name, gradient) -> gradient``."""
+    def map(self, function, noise_variance: float | None = None) -> PrivateGradient:
+        """Post-process each gradient: ``function(name, gradient) -> gradient``.
+
+        noise_variance: of the result's noise, if you know it; optimizers that must know it refuse it else.
+        """
         grads = {name: function(name, g) for name, g in self.grads.items()}
-        return PrivateGradient(grads, self.spec, self.reproducible, _DOOR)
+        return PrivateGradient(grads, self.spec, self.reproducible, noise_variance, _DOOR)
 
 
 def privatize(
@@ -100,7 +113,7 @@ def privatize(
         sums.clear()
         if clipped_sum.reduction is not None:
             clipped_sum.reduction.give_back()
-    return PrivateGradient(mean, spec, key.reproducible, _DOOR)
+    return PrivateGradient(mean, spec, key.reproducible, spec.mean_noise_variance, _DOOR)
 
 
 def _noisy(
@@ -153,6 +166,9 @@ def _separate(sums: dict[str, Tensor]) -> dict[str, Tensor]:
 def apply(optimizer: torch.optim.Optimizer, model: nn.Module, gradient: PrivateGradient) -> None:
     """Take an optimizer step with a private gradient; ``.grad`` fields are empty afterwards.
 
+    An optimizer whose parameter groups have a ``noise_variance`` is told that of the gradient, for this step
+    alone (`dptrain.optim.adam_bc`).
+
     Raises:
         TypeError: anything but a ``PrivateGradient``.
         ValueError: the gradient is for other parameters than the model's trainable ones.
@@ -167,14 +183,19 @@ def apply(optimizer: torch.optim.Optimizer, model: nn.Module, gradient: PrivateG
     parameters = trainable(model)
     if parameters.keys() != gradient.grads.keys():
         raise ValueError("the private gradient is for other parameters than the model's trainable ones.")
+    informed = [group for group in optimizer.param_groups if "noise_variance" in group]
     for name, p in parameters.items():
         p.grad = _like(p, gradient.grads[name])
     try:
+        for group in informed:
+            group["noise_variance"] = gradient.noise_variance
         with section("optimizer step"), lost_ranks():  # ZeroRedundancyOptimizer sends weights around
             optimizer.step()
     finally:
         for p in parameters.values():
             p.grad = None
+        for group in informed:
+            group["noise_variance"] = None
 
 
 def _like(p: Tensor, gradient: Tensor) -> Tensor:

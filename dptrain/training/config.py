@@ -17,7 +17,19 @@ from dptrain.core.checks import shown
 from dptrain.core.files import Unreadable, parse_json, read_text
 from dptrain.core.printable import is_printable
 
-OptimizerName = Literal["sgd", "momentum", "adam", "adamw"]
+OptimizerName = Literal[
+    "sgd",
+    "momentum",
+    "nesterov",
+    "adagrad",
+    "rmsprop",
+    "adam",
+    "adamw",
+    "adam-bc",
+    "adamw-bc",
+    "accumulated-momentum",
+    "running-momentum",
+]
 ScheduleName = Literal["constant", "linear", "cosine"]
 PrecisionName = Literal["fp32", "tf32", "bf16"]
 NormalizationName = Literal["auto", "half", "imagenet", "none"]
@@ -166,7 +178,10 @@ class TrainConfig:
     lr_schedule: ScheduleName = "constant"
     """How the learning rate changes over the run."""
     optimizer: OptimizerName = "momentum"
-    """momentum is SGD with momentum 0.9."""
+    """momentum and nesterov are SGD with momentum 0.9; adam-bc and adamw-bc take the noise's variance off the
+    second moment; docs/optimizers.md has them all."""
+    adam_floor: float = 0.1
+    """With adam-bc and adamw-bc: the second moment is at least this times the noise's variance."""
     weight_decay: float = 0.0
     """As torch's optimizers apply it."""
     weight_average: float = 0.95
@@ -277,6 +292,7 @@ def _check(config: TrainConfig) -> None:
         "epochs",
         "steps",
         "lr",
+        "adam_floor",
         "image_size",
         "max_length",
         "lora_rank",

@@ -60,9 +60,15 @@ class JaxLearner:
         self.params = {name: x for name, x in arrays.items() if own[name].requires_grad}
         self.frozen = {name: x for name, x in arrays.items() if not own[name].requires_grad}
         steps = run.mechanism.steps
-        self.optimizer = dpj.private(
-            build_optax(config.optimizer, config.lr, config.weight_decay, config.lr_schedule, steps)
+        built = (
+            config.optimizer,
+            config.lr,
+            config.weight_decay,
+            config.lr_schedule,
+            steps,
+            config.adam_floor,
         )
+        self.optimizer = dpj.private(build_optax(*built))
         with self._settings():
             self.optimizer_state = self.optimizer.init(self.params)
             self.average = jax.tree.map(jnp.copy, self.params) if config.weight_average else None

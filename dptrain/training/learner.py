@@ -118,7 +118,9 @@ class TorchLearner:
         config = self.run.config
         shared = self.ranks.group if config.shard == "optimizer" else None
         chosen = self.run.learner.parameters()
-        self.optimizer = build_optimizer(config.optimizer, chosen, config.lr, config.weight_decay, shared)
+        self.optimizer = build_optimizer(
+            config.optimizer, chosen, config.lr, config.weight_decay, shared, config.adam_floor
+        )
         self.schedule = build_schedule(config.lr_schedule, self.optimizer, self.run.mechanism.steps)
 
     def get_ready(self, compiles: Callable[[], None]) -> tuple[int, list[Trial]]:

@@ -26,6 +26,8 @@ from dptrain.torch.reduction import Reductions
 EXAMPLES, PHYSICAL = 12, 2
 #: sizes of logical batches: unequal shares, ranks without examples, nobody with any
 SAMPLES = ([0, 2, 3, 5, 7, 8, 11], [4], [])
+#: of ours, whose state two ranks share out
+OPTIMIZERS = ("accumulated-momentum", "running-momentum", "adam-bc")
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import dptrain.torch as dpt
 from dptrain.core.ledger import Ledger
+from dptrain.optim import build_optimizer
 from tests.distributed import scenes
 from tests.distributed.launch import launch
 
@@ -23,11 +24,13 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 @pytest.fixture(scope="module")
 def alone() -> dict[str, torch.Tensor]:
     one = dpt.Ranks()
-    trained = scenes.train(one, None, partial(torch.optim.Adam, lr=0.01))
+    makers = dict.fromkeys(("trained", "trained, shared state"), partial(torch.optim.Adam, lr=0.01))
+    for name in scenes.OPTIMIZERS:
+        makers[f"trained, {name}"] = partial(build_optimizer, name, lr=0.01)
     return (
         {name: g for case in scenes.CASES for name, g in scenes.steps(case, one)}
         | scenes.otherwise(one)
-        | {f"{how}: {n}": p for n, p in trained.items() for how in ("trained", "trained, shared state")}
+        | {f"{how}: {n}": p for how, make in makers.items() for n, p in scenes.train(one, None, make).items()}
     )
 
 

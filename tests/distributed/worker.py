@@ -14,6 +14,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import dptrain.torch as dpt
 from dptrain.core.ledger import Ledger
+from dptrain.optim import build_optimizer
 from dptrain.torch import reduction
 from tests.distributed import scenes
 
@@ -31,6 +32,9 @@ if __name__ == "__main__":
         found |= {f"trained: {n}": p for n, p in scenes.train(ranks, ledger, adam).items()}
         shared = partial(ZeroRedundancyOptimizer, optimizer_class=torch.optim.Adam, lr=0.01)
         found |= {f"trained, shared state: {n}": p for n, p in scenes.train(ranks, None, shared).items()}
+        for name in scenes.OPTIMIZERS:
+            shared = partial(build_optimizer, name, lr=0.01, shared=dist.group.WORLD)
+            found |= {f"trained, {name}: {n}": p for n, p in scenes.train(ranks, None, shared).items()}
         counts = [scenes.sent(ranks, physical, last) for physical, last in ((1, True), (4, True), (4, False))]
         (folder / f"{rank}.json").write_text(json.dumps(counts))
     else:

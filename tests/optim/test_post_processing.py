@@ -11,7 +11,7 @@ def test_every_optimizer_holds_the_trainable_parameters_only(name):
     model.bias.requires_grad_(False)
     optimizer = build_optimizer(name, model.parameters(), lr=0.1, weight_decay=0.01)
     assert [p is model.weight for group in optimizer.param_groups for p in group["params"]] == [True]
-    assert optimizer.param_groups[0].get("momentum", 0) == (0.9 if name == "momentum" else 0)
+    assert optimizer.param_groups[0].get("momentum", 0) == (0.9 if name in ("momentum", "nesterov") else 0)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
