@@ -78,7 +78,6 @@ VARIANTS = [
     {"method": "non-private"},
     {"model": "mlp", "hardened": True},
     {"clip_rule": "quantile", "noise_ramp": 0.5, "augmentations": 2},
-    {"engine": "jax", "model": "mlp", "optimizer": "adam", "lr": 1e-2, "weight_average": 0.9},
     {"optimizer": "adam-bc", "lr": 1e-2},
     {"optimizer": "accumulated-momentum"},
     {"engine": "jax", "model": "mlp", "optimizer": "adam-bc", "lr": 1e-2, "weight_average": 0.9},
