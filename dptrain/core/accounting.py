@@ -37,7 +37,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import dp_accounting
@@ -204,6 +204,27 @@ def merge(segments: Sequence[tuple[StepSpec, int]]) -> Segments:
         else:
             merged.append((spec, count))
     return tuple(merged)
+
+
+def recorded(steps: Iterable[tuple[int, StepSpec]]) -> Segments:
+    """The segments of steps that were taken, by index, in the order in which they were.
+
+    Where an index does not follow the one before, another draw began: a run that lost steps drew them
+    afresh. For samplers that draw each step by itself that makes no difference. Of shuffled epochs, an
+    example may have been in those of both draws: each epoch that a draw has touched counts as a whole one.
+    """
+    runs: list[tuple[StepSpec, int]] = []
+    last: tuple[int, StepSpec] | None = None
+    for index, spec in steps:
+        if spec.sampler != SHUFFLE:
+            runs.append((spec, 1))
+        else:
+            epoch = spec.sampling.steps_per_epoch
+            goes_on = last is not None and last[1] == spec and index == last[0] + 1
+            if not goes_on or index % epoch == 0:
+                runs.append((spec, epoch))
+        last = index, spec
+    return merge(runs)
 
 
 def _run(spec: StepSpec, count: int) -> tuple[dp_accounting.DpEvent, int]:

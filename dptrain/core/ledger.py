@@ -212,8 +212,8 @@ class Ledger:
 
     @property
     def segments(self) -> Segments:
-        """All releases as runs of equal steps."""
-        return accounting.merge([(release.spec, 1) for release in self.releases])
+        """All releases as runs of equal steps; of shuffled epochs, all steps of those that were begun."""
+        return accounting.recorded((release.step, release.spec) for release in self.releases)
 
     def epsilon(self, delta: float, accountant: str = PLD) -> float:
         """ε of all that is on record, computed from the record alone."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -20,7 +21,7 @@ from dptrain.core import accounting, checks
 from dptrain.core.entropy import Key
 from dptrain.core.ledger import Ledger, Release
 from dptrain.core.mechanism import Mechanism
-from dptrain.core.spec import StepSpec
+from dptrain.core.spec import SHUFFLE, StepSpec
 
 Numbers = Callable[[], Mapping[str, npt.NDArray[Any]]]
 """A noisy gradient by parameter name, brought to the host when it is asked for."""
@@ -70,7 +71,7 @@ class Releases:
         """Whether the mechanism has a step of this index, and it can be afforded."""
         if index >= self._mechanism.steps:
             return False
-        return index in self._known or self._is_covered(self._mechanism.step(index))
+        return index in self._known or self._is_covered(index, self._mechanism.step(index))
 
     def before(self, index: int, spec: StepSpec, numbers: Numbers) -> None:
         """Put a release on record that is about to be made; on disk when this returns.
@@ -90,7 +91,7 @@ class Releases:
             if mark in self._known[index]:
                 return  # it has been paid for
             raise NotTheSame
-        if not self._is_covered(spec):
+        if not self._is_covered(index, spec):
             raise RuntimeError("a step would cost more than the run may spend; it was not released.")
         if self._ledger is not None:
             self._ledger.append(index, spec, mark)
@@ -103,14 +104,16 @@ class Releases:
         # The number grows with each release: none was drawn with this child.
         self.key = own.child("afresh", self.count) if own.reproducible else Key.from_entropy()
 
-    def _is_covered(self, spec: StepSpec) -> bool:
-        """Whether one more release of `spec` costs, with all on record, at most what the mechanism does.
+    def _is_covered(self, index: int, spec: StepSpec) -> bool:
+        """Whether one more release, of step `index`, and all on record cost at most what the mechanism does.
 
         Releases that were lost with the steps they led to are paid for all the same: a run that repeats
         steps with fresh randomness ends earlier.
         """
         if spec.noise_multiplier == 0 and self._planned[spec]:
             return True  # there is nothing to spend
+        if spec.sampler == SHUFFLE and self._ledger is not None:
+            return self._epochs_are_covered(index, spec)
         if self._made[spec] < self._planned[spec] and self._made <= self._planned:
             return True
         delta = self._mechanism.delta
@@ -120,6 +123,15 @@ class Releases:
         segments = accounting.merge([*earlier, (spec, 1)])
         cost = accounting.epsilon(segments, delta, self._mechanism.neighbours)
         return cost <= self._mechanism.epsilon(delta)
+
+    def _epochs_are_covered(self, index: int, spec: StepSpec) -> bool:
+        """Of shuffled epochs, which cost the same each, whether there are no more than the mechanism has."""
+        assert self._ledger is not None
+        taken = [(release.step, release.spec) for release in self._ledger.releases]
+        begun = accounting.recorded([*taken, (index, spec)])
+        epoch = spec.sampling.steps_per_epoch
+        planned = math.ceil(self._mechanism.steps / epoch) * epoch
+        return {each for each, _ in begun} == {spec} and sum(count for _, count in begun) <= planned
 
 
 def releases_of(mechanism: Mechanism, ledger: Ledger | None, key: Key | None, taken: int) -> Releases:

@@ -6,8 +6,12 @@ import os
 import pytest
 
 from dptrain import Mechanism
+from dptrain.core import accounting
+from dptrain.core.clip_rules import Flat
+from dptrain.core.entropy import Key
 from dptrain.core.ledger import Ledger, LedgerError, Mark, _linked, together
-from dptrain.core.spec import flat_step
+from dptrain.core.releases import Releases
+from dptrain.core.spec import Sampling, StepSpec, flat_step
 
 
 def step(sigma=1.0):
@@ -188,3 +192,48 @@ def test_a_run_s_name_cannot_be_a_path(path):
     path.write_bytes(_linked("", head))
     with pytest.raises(LedgerError, match="is no ledger"):
         Ledger.read(path)
+
+
+def shuffled(steps_per_epoch=4):
+    sampling = Sampling("shuffle-without-amplification", 1 / steps_per_epoch)
+    return StepSpec(Flat(1.0), 2.0, sampling, 10)
+
+
+def epochs(count):
+    """epsilon of so many shuffled epochs."""
+    return Mechanism(((shuffled(), 4 * count),), "replace-special", 1e-5).epsilon()
+
+
+@pytest.mark.parametrize(
+    ("indices", "count"),
+    [
+        (range(3), 1),
+        (range(5), 2),
+        ((0, 1, 2, 2, 3), 2),  # step 2 was lost and drawn afresh, by another permutation
+        ((0, 1, 2, 3, 4, 5, 3, 4, 5, 6, 7), 4),  # the epochs of steps 0 to 3 and 4 to 7, of both draws
+    ],
+)
+def test_every_shuffled_epoch_that_a_draw_has_touched_is_paid_for(path, indices, count):
+    with Ledger.create(path, dataset="made up", neighbours="replace-special") as ledger:
+        for index in indices:
+            ledger.append(index, shuffled(), None)
+    assert Ledger.read(path).epsilon(1e-5) == epochs(count)
+
+
+def test_begun_epochs_of_several_runs_add_up(tmp_path):
+    for name in "ab":
+        with Ledger.create(tmp_path / name, dataset="made up", neighbours="replace-special") as ledger:
+            ledger.append(0, shuffled(), None)
+    ((segments, neighbours),) = together(Ledger.read(tmp_path / name) for name in "ab").values()
+    assert accounting.epsilon(segments, 1e-5, neighbours) == epochs(2)
+
+
+def test_a_run_that_lost_steps_of_a_shuffled_epoch_ends_within_its_budget(path):
+    mechanism = Mechanism(((shuffled(), 8),), "replace-special", 1e-5)
+    with Ledger.create(path, dataset="made up", neighbours="replace-special") as ledger:
+        releases = Releases(mechanism, ledger, Key.from_seed(0), repeats=False)
+        for index in (0, 1, 2, 2, 3):  # two epochs' worth, of two draws
+            assert releases.may_go_on(index)
+            releases.before(index, mechanism.step(index), dict)
+        assert not releases.may_go_on(4)
+        assert ledger.epsilon(1e-5) == mechanism.epsilon()
