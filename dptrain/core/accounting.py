@@ -27,6 +27,12 @@ does not account. `supported` is the whole list; each line of it is argued for h
   ``replace-one``, since dp-accounting's RDP takes a plain Gaussian's sensitivity as C
   whatever the relation.
 
+- ``cyclic-poisson``: an example takes part in the steps of its own group alone, every cycle-th, in
+  each of which it is drawn with probability cycle · q: as if there were ⌈n / cycle⌉ steps of
+  ``poisson`` with that rate (theorem 4 of https://arxiv.org/abs/2306.08153). Groups are drawn for each
+  example independently, so that one example more leaves those of the others alone. Correlated noise
+  does not change this (`dptrain.core.correlated`).
+
 Hardened steps, whose sums lie on an integer grid, are post-processing of the Gaussian
 mechanism (`dptrain.core.grid`) and have its events. All their noise lies within a total
 variation distance t = 2^-211 of what it should be (`dptrain.core.rounded_gaussian`), which
@@ -48,7 +54,7 @@ from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant, compute_epsilon
 
 from dptrain.core import checks, rounded_gaussian
-from dptrain.core.spec import FIXED_SIZE, POISSON, SHUFFLE, TRUNCATED_POISSON, StepSpec
+from dptrain.core.spec import CYCLIC_POISSON, FIXED_SIZE, POISSON, SHUFFLE, TRUNCATED_POISSON, StepSpec
 
 PLD = "pld"
 RDP = "rdp"
@@ -83,6 +89,9 @@ _SUPPORTED: dict[tuple[str, str], tuple[str, ...]] = {
     (TRUNCATED_POISSON, REPLACE_SPECIAL): (PLD,),
     (TRUNCATED_POISSON, REPLACE_ONE): (PLD,),
     (FIXED_SIZE, REPLACE_ONE): (RDP,),
+    (CYCLIC_POISSON, ADD_OR_REMOVE_ONE): (PLD, RDP),
+    (CYCLIC_POISSON, REPLACE_SPECIAL): (PLD, RDP),
+    (CYCLIC_POISSON, REPLACE_ONE): (PLD,),
     (SHUFFLE, REPLACE_SPECIAL): (PLD, RDP),
     (SHUFFLE, REPLACE_ONE): (PLD,),
 }
@@ -123,10 +132,10 @@ def check_supported(segments: Segments, neighbours: str, accountant: str | None 
                 f"the accountant '{accountant}' does not account sampler '{sampler}' under "
                 f"'{neighbours}'; choose accountant {_either(usable)}."
             )
-    if SHUFFLE in samplers and len(segments) > 1:
+    for sampler in {SHUFFLE, CYCLIC_POISSON} & samplers if len(segments) > 1 else ():
         raise ValueError(
-            f"sampler '{SHUFFLE}' is accounted by whole epochs of equal steps; "
-            "keep every quantity of the mechanism constant, or sample by Poisson."
+            f"sampler '{sampler}' is accounted by whole epochs or cycles of equal steps; keep every quantity "
+            "of the mechanism constant, or sample by Poisson."
         )
 
 
@@ -210,19 +219,19 @@ def recorded(steps: Iterable[tuple[int, StepSpec]]) -> Segments:
     """The segments of steps that were taken, by index, in the order in which they were.
 
     Where an index does not follow the one before, another draw began: a run that lost steps drew them
-    afresh. For samplers that draw each step by itself that makes no difference. Of shuffled epochs, an
-    example may have been in those of both draws: each epoch that a draw has touched counts as a whole one.
+    afresh. For samplers that draw each step by itself that makes no difference. Of shuffled epochs, and of
+    cycles, an example may have been in those of both draws: each that a draw has touched counts as a whole.
     """
     runs: list[tuple[StepSpec, int]] = []
     last: tuple[int, StepSpec] | None = None
     for index, spec in steps:
-        if spec.sampler != SHUFFLE:
+        period = spec.sampling.period
+        if period is None:
             runs.append((spec, 1))
         else:
-            epoch = spec.sampling.steps_per_epoch
             goes_on = last is not None and last[1] == spec and index == last[0] + 1
-            if not goes_on or index % epoch == 0:
-                runs.append((spec, epoch))
+            if not goes_on or index % period == 0:
+                runs.append((spec, period))
         last = index, spec
     return merge(runs)
 
@@ -252,6 +261,10 @@ def _run(spec: StepSpec, count: int) -> tuple[dp_accounting.DpEvent, int]:
         case "shuffle-without-amplification":
             # An epoch that has begun may already have used the example.
             return gaussian, math.ceil(count / sampling.steps_per_epoch)
+        case "cyclic-poisson":
+            assert sampling.cycle is not None
+            sampled = dp_accounting.PoissonSampledDpEvent(sampling.group_rate, gaussian)
+            return sampled, math.ceil(count / sampling.cycle)
         case other:
             raise ValueError(f"sampler {other!r} has no accounting.")
 

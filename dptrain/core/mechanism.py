@@ -237,6 +237,11 @@ class Mechanism:
         return len(self.segments) == 1
 
     @property
+    def is_correlated(self) -> bool:
+        """Whether the noise of a step depends on that of the steps before it."""
+        return any(spec.correlation is not None for spec, _ in self.segments)
+
+    @property
     def noise_multiplier(self) -> float:
         """σ of a constant mechanism."""
         return self._constant("noise_multiplier").noise_multiplier
@@ -416,6 +421,8 @@ class Mechanism:
             described["noise on the count"] = self._list(lambda s: f"{s.clip_rule.count_noise:g} examples")
             sums = self._list(lambda s: f"{s.at(1.0).noise_multiplier:.6g}")
             described["of sigma, on the sum alone"] = sums
+        if self.is_correlated:
+            described["noise"] = self._list(lambda s: f"correlated over {len(s.correlation or '1')} steps")
         if any(spec.grid is not None for spec, _ in self.segments):
             described["integer grid"] = self._list(lambda s: f"{s.grid:g}" if s.grid else "none")
         return described

@@ -21,7 +21,7 @@ from dptrain.core import accounting, checks
 from dptrain.core.entropy import Key
 from dptrain.core.ledger import Ledger, Release
 from dptrain.core.mechanism import Mechanism
-from dptrain.core.spec import SHUFFLE, StepSpec
+from dptrain.core.spec import StepSpec
 
 Numbers = Callable[[], Mapping[str, npt.NDArray[Any]]]
 """A noisy gradient by parameter name, brought to the host when it is asked for."""
@@ -98,7 +98,16 @@ class Releases:
         self._made[spec] += 1
 
     def draw_afresh(self) -> None:
-        """Go on with a key that no release was drawn with."""
+        """Go on with a key that no release was drawn with.
+
+        Raises:
+            RuntimeError: the noise of the mechanism is correlated with that of lost steps.
+        """
+        if self._mechanism.is_correlated and self.count:
+            raise RuntimeError(
+                "a step did not come out as before, bit for bit, and correlated noise cannot be drawn "
+                "afresh: the run ends with the steps that it has."
+            )
         self._known = {}
         own = self._first_key
         # The number grows with each release: none was drawn with this child.
@@ -112,8 +121,8 @@ class Releases:
         """
         if spec.noise_multiplier == 0 and self._planned[spec]:
             return True  # there is nothing to spend
-        if spec.sampler == SHUFFLE and self._ledger is not None:
-            return self._epochs_are_covered(index, spec)
+        if spec.sampling.period is not None and self._ledger is not None:
+            return self._periods_are_covered(index, spec, spec.sampling.period)
         if self._made[spec] < self._planned[spec] and self._made <= self._planned:
             return True
         delta = self._mechanism.delta
@@ -124,13 +133,12 @@ class Releases:
         cost = accounting.epsilon(segments, delta, self._mechanism.neighbours)
         return cost <= self._mechanism.epsilon(delta)
 
-    def _epochs_are_covered(self, index: int, spec: StepSpec) -> bool:
-        """Of shuffled epochs, which cost the same each, whether there are no more than the mechanism has."""
+    def _periods_are_covered(self, index: int, spec: StepSpec, period: int) -> bool:
+        """Of epochs or cycles, which cost the same each, whether there are no more than the mechanism has."""
         assert self._ledger is not None
         taken = [(release.step, release.spec) for release in self._ledger.releases]
         begun = accounting.recorded([*taken, (index, spec)])
-        epoch = spec.sampling.steps_per_epoch
-        planned = math.ceil(self._mechanism.steps / epoch) * epoch
+        planned = math.ceil(self._mechanism.steps / period) * period
         return {each for each, _ in begun} == {spec} and sum(count for _, count in begun) <= planned
 
 

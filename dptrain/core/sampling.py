@@ -84,12 +84,36 @@ class LogicalSampler:
                 return drawn[uniform_subset(rng, len(drawn), sampling.max_batch_size)]
             case "fixed-size":
                 return uniform_subset(rng, n, sampling.batch_size)
+            case "cyclic-poisson":
+                assert sampling.cycle is not None
+                drawn = poisson_sample(rng, n, sampling.group_rate)
+                turn = step % sampling.cycle
+                mine: Indices = drawn[self._group_of(drawn, sampling.cycle) == turn]
+                return mine
             case "shuffle-without-amplification":
                 epoch, part = divmod(step, sampling.steps_per_epoch)
                 order = self.key.child("epoch", epoch).numpy_generator().permutation(n)
                 return np.sort(np.array_split(order, sampling.steps_per_epoch)[part])
             case other:
                 raise ValueError(f"sampler {other!r} cannot be drawn from.")
+
+    def _group_of(self, indices: Indices, groups: int) -> Indices:
+        """The group of each index, one of so many: uniform and independent, of the key alone, [n] int64.
+
+        A keyed hash of the index, so that no memory is needed for all of them: two rounds of splitmix64's
+        finaliser (Steele et al. 2014, "Fast splittable pseudorandom number generators"), each with 64 secret
+        bits. What is above the largest multiple of `groups` is less than `groups` / 2^64 of all hashes.
+        """
+        first, second = self.key.child("groups").numpy_generator().integers(0, 2**64, 2, dtype=np.uint64)
+        hashed = _mixed(_mixed(indices.astype(np.uint64) ^ first) ^ second)
+        return (hashed % np.uint64(groups)).astype(np.int64)
+
+
+def _mixed(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """splitmix64's finaliser, modulo 2^64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def poisson_sample(rng: np.random.Generator, dataset_size: int, sample_rate: float) -> Indices:

@@ -121,6 +121,8 @@ def refuse_what_is_for_torch(mechanism: Mechanism | StepSpec) -> None:
             "JAX's sums are in floating point, and this mechanism's on an integer grid: use one that is not "
             "hardened, or dptrain.torch."
         )
+    if any(isinstance(spec, StepSpec) and spec.correlation is not None for spec in steps):
+        raise ValueError("correlated noise is drawn by dptrain.torch: use another mechanism, or that.")
     rules = {spec.clip_rule for spec in steps if isinstance(spec, StepSpec)}
     if len(rules) > 1 or any(isinstance(rule, Quantile) for rule in rules):
         raise ValueError(

@@ -24,6 +24,7 @@ from dptrain.core.sampling import LogicalSampler, PhysicalBatch, physical_batch_
 from dptrain.core.shared_releases import SharedReleases
 
 from .clipping import LossFn, clipped_grad
+from .correlated import CorrelatedNoise
 from .fsdp import fsdp_modules, reshard
 from .guards import check_callables, trainable
 from .physical_batch import choose
@@ -99,6 +100,7 @@ class PrivateTraining:
     def _steps(self, device: torch.device) -> Iterator[Step]:
         batches, key = self._batches(device), self._releases.key
         taken, total = self._taken, self.mechanism.steps
+        correlated = self._correlated(key, taken)
         while self._releases.may_go_on(taken):
             if taken != self._taken:  # its batches are drawn already: they would be used twice
                 raise RuntimeError("another loop has taken steps of this training: begin a new one to go on.")
@@ -112,7 +114,7 @@ class PrivateTraining:
                 if last:
                     break
             noise, released = key.child("noise", taken), follow.step(spec) if follow else spec
-            gradient = privatize(clipped, released, noise, donate=True)
+            gradient = privatize(clipped, released, noise, donate=True, noise=correlated)
             self._releases.before(taken, spec, self._numbers(gradient))
             if follow:
                 follow.follow(centred, spec, noise)
@@ -121,6 +123,16 @@ class PrivateTraining:
             known = self.mechanism.delta is not None
             spent = self.mechanism.epsilon_so_far(self._releases.count) if known else None
             yield Step(taken, total, spent)
+
+    def _correlated(self, key: Key, taken: int) -> CorrelatedNoise | None:
+        """The noise of the steps so far, of a mechanism whose noise is correlated."""
+        spec = self.mechanism.step(0)
+        if spec.correlation is None:
+            return None
+        noise = CorrelatedNoise(spec.correlation)
+        like = {name: p.detach() for name, p in trainable(self.model).items()}
+        noise.catch_up(taken, like, spec, lambda index: key.child("noise", index))
+        return noise
 
     def _numbers(self, gradient: PrivateGradient) -> Numbers:
         """What the record's fingerprint is taken of: of shards, what all ranks have, each by its own."""
@@ -275,6 +287,11 @@ def make_private(
         )
     check_dataset_size(mechanism, len(loader.dataset))
     ranks = all_ranks() if ranks is None else ranks
+    if mechanism.is_correlated and (not ranks.alone or (taken and key is None)):
+        raise ValueError(
+            "the mechanism's noise depends on that of earlier steps: train in one process, and go on with "
+            "the same key."
+        )
     follow = _follow(mechanism, clip_norm, compile, ranks)
     if not isinstance(physical_batch_size, str):
         size = checks.whole("physical_batch_size", physical_batch_size)

@@ -20,6 +20,7 @@ from dptrain.core.release import step_to_release
 from dptrain.core.spec import StepSpec
 
 from .clipped_sum import ClippedSum
+from .correlated import CorrelatedNoise
 from .fsdp import reshard
 from .guards import trainable
 from .noise import noisy_mean, noisy_mean_on_grid
@@ -73,7 +74,12 @@ class PrivateGradient:
 
 
 def privatize(
-    clipped_sum: ClippedSum, mechanism: Mechanism | StepSpec, key: Key, *, donate: bool = False
+    clipped_sum: ClippedSum,
+    mechanism: Mechanism | StepSpec,
+    key: Key,
+    *,
+    donate: bool = False,
+    noise: CorrelatedNoise | None = None,
 ) -> PrivateGradient:
     """Add the step's noise to a clipped sum and divide by the public expected batch size.
 
@@ -89,11 +95,13 @@ def privatize(
             twice repeats its noise.
         donate: give the sum's buffers away to the gradient, which saves the time and the memory of
             new ones; the sum is empty afterwards.
+        noise: of a mechanism whose noise is correlated: that of its earlier steps, to which this one's is
+            added. The gradient has to be used, or the run to end.
 
     Raises:
         TypeError: not a clipped sum, a mechanism or a key.
         ValueError: the sum was clipped to another norm or lies on another grid than the mechanism says, or
-            was given away.
+            was given away; correlated noise without that of earlier steps, or on several ranks.
     """
     if not isinstance(clipped_sum, ClippedSum):
         raise TypeError(f"privatize takes a ClippedSum, and was given {type(clipped_sum).__name__}.")
@@ -103,7 +111,13 @@ def privatize(
     sums = clipped_sum.grads
     if not sums:
         raise ValueError("the sum is empty: it was given away to an earlier gradient, or its step failed.")
-    if clipped_sum.reduction is not None:
+    if (spec.correlation is None) != (noise is None):
+        raise ValueError(
+            "a mechanism of correlated noise needs a CorrelatedNoise of its steps, and only such one."
+        )
+    if noise is not None:
+        mean = _with_correlated(clipped_sum, spec, key, noise)
+    elif clipped_sum.reduction is not None:
         mean = _shared_mean(clipped_sum.reduction, sums, spec, key)
     elif any(map(is_sharded, sums.values())):
         mean = _sharded_mean(sums, spec, key, donate)
@@ -113,7 +127,21 @@ def privatize(
         sums.clear()
         if clipped_sum.reduction is not None:
             clipped_sum.reduction.give_back()
-    return PrivateGradient(mean, spec, key.reproducible, spec.mean_noise_variance, _DOOR)
+    variance = spec.mean_noise_variance if noise is None else None  # it changes with the steps
+    return PrivateGradient(mean, spec, key.reproducible, variance, _DOOR)
+
+
+def _with_correlated(
+    clipped_sum: ClippedSum, spec: StepSpec, key: Key, noise: CorrelatedNoise
+) -> dict[str, Tensor]:
+    sums = clipped_sum.grads
+    if clipped_sum.reduction is not None or any(map(is_sharded, sums.values())):
+        raise ValueError("correlated noise is drawn in one process: train without other ranks.")
+    with section("noise"):
+        drawn = noise.next(sums, spec, key)
+        return {
+            n: torch.add(drawn[n], total, alpha=1 / spec.expected_batch_size) for n, total in sums.items()
+        }
 
 
 def _noisy(

@@ -140,6 +140,9 @@ class TrainConfig:
     noise_ramp: float = 1.0
     """The noise multiplier of the last steps over that of the first; it changes in eight pieces, and so do
     the next two. The budget holds for all steps together."""
+    noise_bands: int = 1
+    """Over how many steps the noise is correlated, so that it cancels in part (DP-FTRL, banded matrix
+    factorisation). Each example then takes part in every so-manieth step at most, and more often there."""
     clip_ramp: float = 1.0
     """The clip norm of the last steps over that of the first."""
     batch_ramp: float = 1.0
@@ -301,6 +304,7 @@ def _check(config: TrainConfig) -> None:
         "checkpoint_every",
         "devices",
         "noise_ramp",
+        "noise_bands",
         "clip_ramp",
         "batch_ramp",
     )
@@ -333,6 +337,8 @@ def _check(config: TrainConfig) -> None:
         raise ConfigError(f"--clip-quantile is {config.clip_quantile}: give a number between 0 and 1.")
     if config.hardened and (config.clip_rule != "flat" or config.clip_ramp != 1):
         raise ConfigError("--hardened clips gradients as a whole, to one norm: leave out the other rule.")
+    if config.noise_bands > 1:
+        _check_correlated(config)
     if config.engine == "jax" and config.clip_ramp != 1:
         raise ConfigError("--clip-ramp is for --engine torch; the JAX engine compiles for one clip norm.")
     if config.clip_rule == "quantile":
@@ -373,6 +379,27 @@ def _check(config: TrainConfig) -> None:
     if config.seed is not None and config.seed < 0:
         raise ConfigError(
             f"--seed is {config.seed}: give a number of at least 0, or leave it out for secure randomness."
+        )
+
+
+def _check_correlated(config: TrainConfig) -> None:
+    """What noise that is correlated over steps does not go with."""
+    others = {
+        "--engine jax": config.engine == "jax",
+        "--hardened": config.hardened,
+        "--clip-rule quantile": config.clip_rule == "quantile",
+        "--max-logical-batch-size": config.max_logical_batch_size is not None,
+        "the ramps": {config.noise_ramp, config.clip_ramp, config.batch_ramp} != {1.0},
+    }
+    for other, given in others.items():
+        if given:
+            raise ConfigError(
+                f"--noise-bands {config.noise_bands} does not go with {other}: leave one of them out."
+            )
+    if config.seed is None and config.restart != "replay" and config.method != "non-private":
+        raise ConfigError(
+            "--noise-bands needs --restart replay: noise that depends on that of earlier steps can only be "
+            "repeated, from a key in a file outside the run folder."
         )
 
 

@@ -103,6 +103,7 @@ def logical_steps(
     with its share of the examples. follow: the clip norm of a mechanism by which it follows a quantile.
     """
     batches = pieces(run, physical_batch_size, key, first, ranks)
+    correlated = correlated_noise(run, key, first)
     own = () if ranks.alone else (ranks.rank,)  # examples on different ranks draw different numbers
     for index in range(first, run.mechanism.steps):
         spec = run.mechanism.step(index)
@@ -119,12 +120,23 @@ def logical_steps(
                 if is_last:
                     break
         noise, sum_spec = key.child("noise", index), follow.step(spec) if follow else spec
-        gradient = dpt.privatize(total, sum_spec, noise, donate=True)
+        gradient = dpt.privatize(total, sum_spec, noise, donate=True, noise=correlated)
         before_release(index, spec, gradient.on_host)
         if follow:
             follow.follow(centred, spec, noise)
         dpt.apply(optimizer, run.learner, gradient)
         yield Step(index + 1, unprotected(parts, spec) if parts else None)
+
+
+def correlated_noise(run: Run, key: Key, first: int) -> dpt.CorrelatedNoise | None:
+    """That of the steps before `first`, of a mechanism whose noise is correlated."""
+    spec = run.mechanism.step(0)
+    if spec.correlation is None:
+        return None
+    trained = {n: p.detach() for n, p in run.learner.named_parameters() if p.requires_grad}
+    noise = dpt.CorrelatedNoise(spec.correlation)
+    noise.catch_up(first, trained, spec, lambda index: key.child("noise", index))
+    return noise
 
 
 @contextmanager

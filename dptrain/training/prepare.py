@@ -13,6 +13,7 @@ from dptrain.core import methods
 from dptrain.core.accounting import REPLACE_SPECIAL
 from dptrain.core.budget import steps_in
 from dptrain.core.clip_rules import Automatic, ClipRule, Flat, PerLayer, Quantile
+from dptrain.core.correlated import correlated
 from dptrain.core.entropy import Key
 from dptrain.core.mechanism import Mechanism
 from dptrain.core.ramps import ramped
@@ -190,6 +191,8 @@ def make_mechanism(config: TrainConfig, dataset_size: int, private: bool) -> Mec
         constants["max_batch_size"] = config.max_logical_batch_size
         constants["dataset_size"] = dataset_size
         constants["neighbours"] = REPLACE_SPECIAL  # it is not accounted for data sets of different sizes
+    if config.noise_bands > 1 and private:
+        return _correlated(config, constants)
     ramps = {"noise": config.noise_ramp, "clip": config.clip_ramp, "batch": config.batch_ramp}
     if set(ramps.values()) != {1.0}:
         return _ramped(config, constants, ramps, private)
@@ -218,6 +221,17 @@ def _ramped(
         **ramps,
     )
     return mechanism.hardened() if config.hardened and private else mechanism
+
+
+def _correlated(config: TrainConfig, constants: dict[str, Any]) -> Mechanism:
+    """A mechanism whose noise is correlated over --noise-bands steps."""
+    return correlated(
+        bands=config.noise_bands,
+        epsilon=config.epsilon,
+        noise_multiplier=config.noise_multiplier,
+        accountant=config.accountant,
+        **constants,
+    )
 
 
 def _clip_rule(config: TrainConfig) -> ClipRule:

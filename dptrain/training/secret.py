@@ -27,7 +27,7 @@ def stored(run: Run, ledger: Ledger) -> tuple[Key, str | None]:
     """The key that a resumed run goes on with, and what there is to say about it.
 
     Raises:
-        ValueError: others may have read the key that was kept.
+        ValueError: others may have read the key that was kept, or it is gone and cannot be done without.
         OSError: a fresh one cannot be written.
     """
     if not repeats(run) or run.key.reproducible:
@@ -36,6 +36,11 @@ def stored(run: Run, ledger: Ledger) -> tuple[Key, str | None]:
     try:
         return kept(path), None
     except FileNotFoundError:
+        if run.mechanism.is_correlated:
+            raise ValueError(
+                f"the run's key is not in {path}, and its noise depends on that of earlier steps: it cannot "
+                "go on."
+            ) from None
         store(run, ledger, run.key)
         return run.key, f"The run's key is not in {path}: lost steps are drawn afresh and paid for again."
 

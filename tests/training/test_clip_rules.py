@@ -65,6 +65,8 @@ def test_layers_are_clipped_each_by_itself_at_the_same_epsilon(engine, quick):
         ({"clip_rule": "quantile", "compile": True}, "leave out --compile"),
         ({"clip_rule": "automatic", "hardened": True}, "--hardened clips gradients as a whole"),
         ({"clip_ramp": 2.0, "engine": "jax"}, "one clip norm"),
+        ({"noise_bands": 4, "seed": None}, "needs --restart replay"),
+        ({"noise_bands": 4, "hardened": True}, "does not go with --hardened"),
         ({"noise_ramp": 0.0}, "--noise-ramp is 0.0"),
         ({"augmentations": -1}, "number of views"),
         ({"clip_quantile": 1.0}, "between 0 and 1"),

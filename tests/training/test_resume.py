@@ -78,6 +78,7 @@ VARIANTS = [
     {"method": "non-private"},
     {"model": "mlp", "hardened": True},
     {"clip_rule": "quantile", "noise_ramp": 0.5, "augmentations": 2},
+    {"noise_bands": 4},
     {"optimizer": "adam-bc", "lr": 1e-2},
     {"optimizer": "accumulated-momentum"},
     {"engine": "jax", "model": "mlp", "optimizer": "adam-bc", "lr": 1e-2, "weight_average": 0.9},
