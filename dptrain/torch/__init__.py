@@ -14,6 +14,7 @@ from .check import CheckReport, check
 from .clipped_sum import ClippedSum
 from .clipping import ClippedGrad, clipped_grad
 from .convert import ConversionReport, convert
+from .denoise import Denoiser
 from .errors import Refused
 from .private import PrivateTraining, make_private
 from .ranks import Ranks
@@ -24,6 +25,7 @@ __all__ = [
     "ClippedGrad",
     "ClippedSum",
     "ConversionReport",
+    "Denoiser",
     "PrivateGradient",
     "PrivateTraining",
     "RankLost",
