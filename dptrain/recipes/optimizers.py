@@ -11,8 +11,8 @@ from dptrain.recipes.study import Scale
 AVERAGE = 0.95
 SEEDS = 5
 
-#: by what is compared. Learning rates are the best of factors of two to four apart, for the last weights, on a
-#: fifth of the training digits that was held out; the test digits were not read.
+#: by what is compared. Learning rates are the best of factors of two to four apart, for the last weights, on
+#: a fifth of the training digits that was held out; the test digits were not read.
 WAYS: dict[str, dict[str, Any]] = {
     "sgd": {"optimizer": "sgd", "lr": 2.0},
     "momentum": {"optimizer": "momentum", "lr": 0.25},
