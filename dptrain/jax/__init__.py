@@ -7,6 +7,7 @@
 ``make_private`` does all three over a data set.
 """
 
+from . import denoise
 from .accumulate import Accumulator, accumulate
 from .clipped_sum import ClippedSum
 from .clipping import ClippedGrad, clipped_grad
@@ -23,6 +24,7 @@ __all__ = [
     "Refused",
     "accumulate",
     "clipped_grad",
+    "denoise",
     "make_private",
     "private",
     "privatize",

@@ -21,8 +21,8 @@ def scale_by_adam_bc(floor: float = FLOOR) -> optax.GradientTransformationExtraA
     b1, b2 = BETAS
 
     def init(params: Any) -> optax.ScaleByAdamState:
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros, zeros)
+        mean, square = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))  # each may be given away
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mean, square)
 
     def update(
         gradient: Any,

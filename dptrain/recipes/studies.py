@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dptrain.bench import Case
-from dptrain.recipes import ml_privacy_exp, paper
+from dptrain.recipes import ml_privacy_exp, optimizers, paper
 from dptrain.recipes.study import SCALES, Extras, Scale, Study, estimate_s, manifest
 from dptrain.training import ConfigError
 
@@ -194,6 +194,13 @@ _ALL = (
         paper.simulation,
         "Nothing beyond one device.",
         paper.predicted,
+    ),
+    _study(
+        "optimizers",
+        "Optimizers of private gradients",
+        "What momentum, Adam with and without the noise in its second moment, a filter and averages come to.",
+        optimizers.optimizers,
+        "Nothing beyond a processor; the scale paper trains longer, on a GPU.",
     ),
 )
 

@@ -28,6 +28,8 @@ SMALL_JAX_S, SMALL_UNSUPPORTED_S, SMALL_TRAINING_S = 12.0, 3.0, 6.0
 SMALL_JAX_CHECK_S = 25.0
 #: more for models whose step is longer
 SMALL_MODEL_S = {"bit-50x1": 10.0, "gpt2-like": 5.0, "vit-small": 3.0}
+#: of training of networks whose steps take less
+SMALL_TRAINING_OF_S = {"mlp": 1.5}
 #: seconds of a case on a GPU, roughly
 PAPER_S: dict[str, float] = {
     "throughput": 60,
@@ -97,7 +99,7 @@ def _small_s(case: Case) -> float:
         seconds += case.seconds
     if case.measure == "accuracy":
         steps = dict(case.settings).get("steps") or 0
-        seconds += case.seeds * SMALL_TRAINING_S * steps / 100
+        seconds += case.seeds * SMALL_TRAINING_OF_S.get(case.model, SMALL_TRAINING_S) * steps / 100
     return seconds
 
 

@@ -15,6 +15,7 @@ from .clipped_sum import ClippedSum
 from .clipping import ClippedGrad, clipped_grad
 from .convert import ConversionReport, convert
 from .correlated import CorrelatedNoise
+from .denoise import Denoiser
 from .errors import Refused
 from .private import PrivateTraining, make_private
 from .ranks import Ranks
@@ -26,6 +27,7 @@ __all__ = [
     "ClippedSum",
     "ConversionReport",
     "CorrelatedNoise",
+    "Denoiser",
     "PrivateGradient",
     "PrivateTraining",
     "RankLost",

@@ -185,6 +185,9 @@ class TrainConfig:
     second moment; docs/optimizers.md has them all."""
     adam_floor: float = 0.1
     """With adam-bc and adamw-bc: the second moment is at least this times the noise's variance."""
+    denoise: float = 0.0
+    """Gain of a Kalman filter over the private gradients (DiSK, docs/optimizers.md), below 1: what one step
+    counts for; 0: none. Gradients are taken ahead of the weights, and privacy costs the same."""
     weight_decay: float = 0.0
     """As torch's optimizers apply it."""
     weight_average: float = 0.95
@@ -361,6 +364,10 @@ def _check(config: TrainConfig) -> None:
         )
     if not 0 <= config.weight_average < 1:
         raise ConfigError(f"--weight-average is {config.weight_average}: give a number from 0 to below 1.")
+    if not 0 <= config.denoise < 1:
+        raise ConfigError(f"--denoise is {config.denoise}: give a number from 0, for none, to below 1.")
+    if config.denoise and config.shard != "none":
+        raise ConfigError("--denoise keeps its filter whole on each rank: leave --shard out.")
     if config.cache_features and config.trainable != "head":
         raise ConfigError(
             "--cache-features needs --trainable head: only a frozen backbone has fixed features."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import jax
@@ -71,6 +72,8 @@ class JaxLearner:
         self.optimizer = dpj.private(build_optax(*built))
         with self._settings():
             self.optimizer_state = self.optimizer.init(self.params)
+            if config.denoise:
+                self.optimizer_state = self.optimizer_state, dpj.denoise.begin(self.params)
             self.average = jax.tree.map(jnp.copy, self.params) if config.weight_average else None
         mesh = Mesh(np.array(devices), ("devices",)) if len(devices) > 1 else None
         clipped = dpj.clipped_grad(
@@ -89,6 +92,9 @@ class JaxLearner:
             kept = self.params, self.optimizer_state, self.average
             where = jax.tree.map(lambda x: x.sharding, kept)
             self.frozen = self._place.put(self.frozen, jax.tree.map(lambda _: PartitionSpec(), self.frozen))
+        self._ahead = jax.jit(
+            partial(dpj.denoise.ahead, kappa=config.denoise), out_shardings=where and where[0]
+        )
         self._apply = jax.jit(self._updated, donate_argnums=(0, 1, 2), out_shardings=where)
 
     def _loss(self, params: dict, image: Array, label: Array, frozen: dict) -> Array:
@@ -104,7 +110,12 @@ class JaxLearner:
     def _updated(
         self, params: Any, state: Any, average: Any, gradient: dpj.PrivateGradient, decay: Array
     ) -> tuple:
+        if kappa := self.run.config.denoise:
+            state, kept = state
+            gradient, kept = dpj.denoise.filtered(gradient, params, kept, kappa)
         updates, state = self.optimizer.update(gradient, state, params)
+        if kappa:
+            state = state, kept
         params = optax.apply_updates(params, updates)
         if average is not None:
             average = jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), average, params)
@@ -126,7 +137,8 @@ class JaxLearner:
         self.size = size
         with self._settings():
             stand_in = _arrays(augmented(run, run.train.stand_in(size * self.devices)))
-            self._add(self.accumulator.zeros(self.params), stand_in, np.ones(size * self.devices, bool))
+            zeros, everyone = self.accumulator.zeros(self.params), np.ones(size * self.devices, bool)
+            self._add(zeros, self._point(), stand_in, everyone)
         return size, []
 
     def steps(self, key: Key, before_release: BeforeRelease) -> Iterator[Step]:
@@ -143,12 +155,12 @@ class JaxLearner:
         batches = pieces(run, self.size * self.devices, key, self.taken)
         for index in range(self.taken, run.mechanism.steps):
             spec = run.mechanism.step(index)
-            total, parts = self.accumulator.zeros(self.params), []
+            total, parts, point = self.accumulator.zeros(self.params), [], self._point()
             drawn = key.child("forward", index)
             for number, (batch, mask, is_last) in enumerate(batches):
                 with random_state(drawn.child(number), torch.device("cpu")):
                     batch = augmented(run, batch)
-                out = self._add(total, _arrays(batch), mask.cpu().numpy())
+                out = self._add(total, point, _arrays(batch), mask.cpu().numpy())
                 total = out.grads
                 if run.config.show_unprotected:
                     parts.append((_tensor(out.losses), _tensor(out.norms), mask.cpu()))
@@ -195,8 +207,12 @@ class JaxLearner:
             if self.average is not None:
                 self.average = self._place.put_params(self.average)
 
-    def _add(self, total: Any, batch: tuple, mask: np.ndarray) -> dpj.ClippedSum:
-        return self.accumulator.add(total, self.params, *batch, self.frozen, mask=mask)
+    def _point(self) -> dict:
+        """The weights at which gradients are taken."""
+        return self._ahead(self.params, self.optimizer_state[1]) if self.run.config.denoise else self.params
+
+    def _add(self, total: Any, params: dict, batch: tuple, mask: np.ndarray) -> dpj.ClippedSum:
+        return self.accumulator.add(total, params, *batch, self.frozen, mask=mask)
 
     @torch.no_grad()
     def model(self) -> nn.Module:

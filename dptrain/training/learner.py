@@ -20,13 +20,8 @@ from dptrain.optim import average_of, build_optimizer, build_schedule
 from dptrain.torch.physical_batch import Trial, choose
 from dptrain.torch.ranks import ALONE, Ranks, lost_ranks
 from dptrain.training.checkpoint import CheckpointError
-from dptrain.training.loop import (
-    BeforeRelease,
-    Step,
-    clip_stand_ins,
-    logical_steps,
-    make_loss,
-)
+from dptrain.training.denoiser_state import denoiser_state, restore_denoiser
+from dptrain.training.loop import BeforeRelease, Step, clip_stand_ins, logical_steps, make_loss
 from dptrain.training.optimizer_state import optimizer_state, restore_optimizer
 from dptrain.training.prepare import Run
 
@@ -110,6 +105,7 @@ class TorchLearner:
         self.ranks = ALONE
         self._build_optimizer()
         self.average = average_of(run.learner, config.weight_average) if config.weight_average else None
+        self.denoiser = dpt.Denoiser(run.learner, config.denoise) if config.denoise else None
         self.clipped: dpt.ClippedGrad | None = None
         rule = run.mechanism.step(0).clip_rule
         self.follow = FollowedClipNorm(rule) if isinstance(rule, Quantile) and run.is_private else None
@@ -186,6 +182,7 @@ class TorchLearner:
             release,
             self.ranks,
             self.follow,
+            self.denoiser,
         )
         for step in steps:
             self.schedule.step()
@@ -195,6 +192,7 @@ class TorchLearner:
             yield step
 
     def state(self) -> State:
+        self._put_back()
         tensors, numbers = optimizer_state(self.optimizer, self.schedule)
         tensors = {f"optimizer/{name}": value for name, value in tensors.items()}
         tensors |= {f"weights/{name}": value for name, value in weights(self.run.learner).items()}
@@ -203,6 +201,9 @@ class TorchLearner:
             numbers["averaged"] = int(self.average.n_averaged)
         if self.follow is not None:
             numbers["clip_norm"] = self.follow.clip_norm
+        if self.denoiser is not None:
+            kept, numbers["denoiser"] = denoiser_state(self.denoiser)
+            tensors |= {f"denoiser/{name}": value for name, value in kept.items()}
         return State(tensors, numbers)
 
     def restore(self, taken: int, state: State) -> None:
@@ -213,16 +214,25 @@ class TorchLearner:
             self.average.n_averaged.fill_(int(numbers.pop("averaged", 0)))
         if self.follow is not None:
             self.follow = FollowedClipNorm(self.follow.rule, numbers.pop("clip_norm", None))
+        if self.denoiser is not None:
+            restore_denoiser(self.denoiser, under("denoiser", state.tensors), numbers.pop("denoiser", None))
         restore_optimizer(self.optimizer, self.schedule, under("optimizer", state.tensors), numbers)
         self.taken = taken
 
     def model(self) -> nn.Module:
+        self._put_back()
         return self.average.module if self.average is not None and self.taken else self.run.learner
 
     def settle(self) -> None:
+        self._put_back()
         if self.average is not None and self.taken:
             self.run.learner.load_state_dict(self.average.module.state_dict())
             self.average = None
+
+    def _put_back(self) -> None:
+        """The weights, after an interruption while gradients were taken elsewhere."""
+        if self.denoiser is not None:
+            self.denoiser.put_back()
 
 
 def weights(model: nn.Module) -> Tensors:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -93,6 +93,7 @@ def logical_steps(
     before_release: BeforeRelease,
     ranks: Ranks = ALONE,
     follow: FollowedClipNorm | None = None,
+    denoiser: dpt.Denoiser | None = None,
 ) -> Iterator[Step]:
     """Take the steps of the run's mechanism from index `first` on, one per item.
 
@@ -101,6 +102,7 @@ def logical_steps(
 
     clipped: what `dpt.clipped_grad` returned. key: the run's secret. ranks: that all take these steps, each
     with its share of the examples. follow: the clip norm of a mechanism by which it follows a quantile.
+    denoiser: says where gradients are taken, and filters what is released.
     """
     batches = pieces(run, physical_batch_size, key, first, ranks)
     correlated = correlated_noise(run, key, first)
@@ -109,7 +111,8 @@ def logical_steps(
         spec = run.mechanism.step(index)
         clipped.rule = Flat(follow.clip_norm) if follow else spec.clip_rule
         total, parts, centred = None, [], 0.0
-        with random_state(key.child("forward", index, *own), run.device):
+        where = nullcontext() if denoiser is None else denoiser.ahead()
+        with where, random_state(key.child("forward", index, *own), run.device):
             for batch, mask, is_last in batches:
                 total = clipped(augmented(run, batch), mask, into=total, last=is_last)
                 norms = total.norms[-len(mask) :]
@@ -124,6 +127,8 @@ def logical_steps(
         before_release(index, spec, gradient.on_host)
         if follow:
             follow.follow(centred, spec, noise)
+        if denoiser is not None:
+            gradient = denoiser.filtered(gradient)
         dpt.apply(optimizer, run.learner, gradient)
         yield Step(index + 1, unprotected(parts, spec) if parts else None)
 

@@ -61,6 +61,16 @@ def test_two_ranks_train_what_one_does(undisturbed, folder):
     assert one["epsilon"] == two["epsilon"] and two["releases"] == two["steps_taken"] == STEPS
 
 
+@pytest.mark.slow
+def test_two_ranks_filter_gradients_as_one_does(folder):
+    filtered = ["--denoise", "0.5", "--optimizer", "adam-bc", "--lr", "0.01"]
+    succeed(dptrain(2, *RUN, *filtered, "--out", str(folder / "two-filtered")))
+    train(replace(RunFolder(folder / "two-filtered").config, out=folder / "one-filtered"))
+    want, got = weights(folder / "one-filtered"), weights(folder / "two-filtered")
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=0, atol=1e-3 * float(value.abs().max()))
+
+
 @pytest.mark.parametrize(
     ("victim", "shared"), [(1, SHARED), *(pytest.param(v, [], marks=pytest.mark.slow) for v in (0, 1))]
 )

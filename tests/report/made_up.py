@@ -186,6 +186,21 @@ def trained(mean: float, seconds: float = 60.0, spread: float = 0.005, **case: A
     return record(found, measure="accuracy", **({"seeds": 3, "settings": settings} | case))
 
 
+def compared(corrected: float = 0.93) -> list[Record]:
+    """Optimizers: two of Adam, of which one is averaged, and SGD with and without a filter."""
+    kinds = (
+        ({"optimizer": "adam", "weight_average": 0.0}, 0.9),
+        ({"optimizer": "adam", "weight_average": 0.95}, 0.94),
+        ({"optimizer": "adam-bc", "weight_average": 0.0}, corrected),
+        ({"optimizer": "sgd", "weight_average": 0.0}, 0.92),
+        ({"optimizer": "sgd", "weight_average": 0.0, "denoise": 0.5}, 0.921),
+    )
+    return [
+        trained(mean, model="mlp", settings=[[k, v] for k, v in (settings | {"lr": 0.1}).items()])
+        for settings, mean in kinds
+    ]
+
+
 def failures() -> list[Record]:
     """One of each kind."""
     return [
@@ -404,6 +419,7 @@ def plausible() -> dict[str, list[Record]]:
             fits(500, model="vgg11", method="mixed-ghost"),
         ],
         "simulation": [],
+        "optimizers": compared(),
     }
 
 

@@ -82,6 +82,16 @@ def test_results_that_lack_everything_prove_nothing(name):
     assert not shown.panels
 
 
+def test_optimizers_are_told_apart_and_judged_in_pairs():
+    found = made_up.compared()
+    shown = show(study("optimizers", found))
+    names = ["adam", "adam, averaged", "adam-bc", "sgd", "sgd, DiSK 0.5"]
+    assert list(shown.charts[0].series[0].x) == names
+    assert [f.verdict for f in shown.findings] == ["confirmed", "confirmed", "refuted"]
+    assert verdicts("optimizers", made_up.compared(corrected=0.89))[1] == "refuted"
+    assert verdicts("optimizers", found[:1]) == ["not measured"] * 3
+
+
 def test_records_of_no_study_are_shown_by_measure():
     for measure in ("throughput", "batch-size", "memory", "profile", "compile", "scaling", "accuracy"):
         records = [r for group in PLAUSIBLE.values() for r in group if r.measure == measure]

@@ -79,9 +79,9 @@ VARIANTS = [
     {"model": "mlp", "hardened": True},
     {"clip_rule": "quantile", "noise_ramp": 0.5, "augmentations": 2},
     {"noise_bands": 4},
-    {"optimizer": "adam-bc", "lr": 1e-2},
+    {"optimizer": "adam-bc", "lr": 1e-2, "denoise": 0.5, "weight_average": 0.9},
     {"optimizer": "accumulated-momentum"},
-    {"engine": "jax", "model": "mlp", "optimizer": "adam-bc", "lr": 1e-2, "weight_average": 0.9},
+    {"engine": "jax", "model": "mlp", "optimizer": "adam-bc", "denoise": 0.5, "lr": 1e-2},
 ]
 
 
