@@ -77,7 +77,7 @@ VARIANTS = [
     {"model": "lenet", "image_size": 28, "trainable": "head", "cache_features": True},
     {"method": "non-private"},
     {"model": "mlp", "hardened": True},
-    {"clip_rule": "quantile", "noise_ramp": 0.5, "augmentations": 2},
+    {"clip_rule": "quantile", "noise_ramp": 0.5, "augmentations": 2, "accountant": "rdp"},
     {"noise_bands": 4},
     {"optimizer": "adam-bc", "lr": 1e-2, "denoise": 0.5, "weight_average": 0.9},
     {"optimizer": "accumulated-momentum"},
