@@ -17,9 +17,11 @@ from dptrain.core.quantile import FollowedClipNorm
 from dptrain.core.releases import Numbers
 from dptrain.core.spec import StepSpec
 from dptrain.optim import average_of, build_optimizer, build_schedule
+from dptrain.optim.wire import Wire
 from dptrain.torch.physical_batch import Trial, choose
 from dptrain.torch.ranks import ALONE, Ranks, lost_ranks
 from dptrain.training.checkpoint import CheckpointError
+from dptrain.training.compress import Compressor
 from dptrain.training.loop import (
     BeforeRelease,
     Step,
@@ -100,6 +102,10 @@ class Learner(Protocol):
         """Leave these weights in the run's model."""
         ...
 
+    def wire(self) -> Wire:
+        """Bytes that a step of each device sends."""
+        ...
+
 
 class TorchLearner:
     """The PyTorch engine."""
@@ -108,6 +114,7 @@ class TorchLearner:
         config = run.config
         self.run, self.taken, self.is_whole, self.size = run, 0, True, 0
         self.ranks = ALONE
+        self.compressor = Compressor(run, make_loss(run))
         self._build_optimizer()
         self.average = average_of(run.learner, config.weight_average) if config.weight_average else None
         self.clipped: dpt.ClippedGrad | None = None
@@ -129,14 +136,14 @@ class TorchLearner:
         first = run.mechanism.step(0)
         options = {"clip_norm": first.clip_rule, "method": run.method, "grid": first.grid}
         options |= {"ranks": ALONE}  # until they join
-        clipped = dpt.clipped_grad(run.learner, make_loss(run), **options)
+        clipped = dpt.clipped_grad(run.learner, self.compressor.loss, **options)
         size, trials = config.physical_batch_size, []
         if size == "auto":  # measured uncompiled: to compile each size would take minutes
             largest = int(max(spec.expected_batch_size for spec, _ in run.mechanism.segments))
             size, trials = choose(lambda n: clip_stand_ins(run, clipped, n), largest, run.device)
         if config.compile:
             compiles()
-            clipped = dpt.clipped_grad(run.learner, make_loss(run), **options, compile=True)
+            clipped = dpt.clipped_grad(run.learner, self.compressor.loss, **options, compile=True)
         if config.compile or not trials:
             clip_stand_ins(run, clipped, size)
         self.clipped, self.size = clipped, size
@@ -154,7 +161,7 @@ class TorchLearner:
             self.restore(taken, state)
         ranks.share(buffer for _, buffer in self.run.model.named_buffers())
         ranks.check_alike("weights", dict(self.run.model.named_parameters()))
-        self.clipped.ranks = ranks
+        self.clipped.ranks = self.compressor.ranks = ranks
         self.is_whole = not self.shares_out
 
     @property
@@ -184,6 +191,7 @@ class TorchLearner:
             key,
             self.taken,
             release,
+            self.compressor,
             self.ranks,
             self.follow,
         )
@@ -203,6 +211,7 @@ class TorchLearner:
             numbers["averaged"] = int(self.average.n_averaged)
         if self.follow is not None:
             numbers["clip_norm"] = self.follow.clip_norm
+        tensors |= {f"left over/{name}": value for name, value in self.compressor.memory.items()}
         return State(tensors, numbers)
 
     def restore(self, taken: int, state: State) -> None:
@@ -213,6 +222,7 @@ class TorchLearner:
             self.average.n_averaged.fill_(int(numbers.pop("averaged", 0)))
         if self.follow is not None:
             self.follow = FollowedClipNorm(self.follow.rule, numbers.pop("clip_norm", None))
+        put(self.compressor.memory, under("left over", state.tensors))
         restore_optimizer(self.optimizer, self.schedule, under("optimizer", state.tensors), numbers)
         self.taken = taken
 
@@ -223,6 +233,9 @@ class TorchLearner:
         if self.average is not None and self.taken:
             self.run.learner.load_state_dict(self.average.module.state_dict())
             self.average = None
+
+    def wire(self) -> Wire:
+        return self.compressor.wire()
 
 
 def weights(model: nn.Module) -> Tensors:

@@ -22,6 +22,7 @@ from dptrain.data import Batch
 from dptrain.models import logits
 from dptrain.torch.ranks import ALONE, Ranks
 from dptrain.training.augment import views
+from dptrain.training.compress import Compressor
 from dptrain.training.device import autocast
 from dptrain.training.prepare import Run
 
@@ -91,6 +92,7 @@ def logical_steps(
     key: Key,
     first: int,
     before_release: BeforeRelease,
+    compressor: Compressor,
     ranks: Ranks = ALONE,
     follow: FollowedClipNorm | None = None,
 ) -> Iterator[Step]:
@@ -99,8 +101,9 @@ def logical_steps(
     Each is a function of the weights before it, the data and (key, index) alone: a step that is repeated
     with the same key is the same, and with another key shares no randomness with it.
 
-    clipped: what `dpt.clipped_grad` returned. key: the run's secret. ranks: that all take these steps, each
-    with its share of the examples. follow: the clip norm of a mechanism by which it follows a quantile.
+    clipped: what `dpt.clipped_grad` returned for the compressor's loss. key: the run's secret. ranks: that
+    all take these steps, each with its share of the examples. follow: the clip norm of a mechanism by which
+    it follows a quantile.
     """
     batches = pieces(run, physical_batch_size, key, first, ranks)
     own = () if ranks.alone else (ranks.rank,)  # examples on different ranks draw different numbers
@@ -108,6 +111,10 @@ def logical_steps(
         spec = run.mechanism.step(index)
         clipped.rule = Flat(follow.clip_norm) if follow else spec.clip_rule
         total, parts, centred = None, [], 0.0
+        own_key = key.child("compression", index)
+        if compressor.decides_before:
+            with random_state(own_key.child("forward"), run.device):
+                compressor.before(own_key)
         with random_state(key.child("forward", index, *own), run.device):
             for batch, mask, is_last in batches:
                 total = clipped(augmented(run, batch), mask, into=total, last=is_last)
@@ -123,7 +130,7 @@ def logical_steps(
         before_release(index, spec, gradient.on_host)
         if follow:
             follow.follow(centred, spec, noise)
-        dpt.apply(optimizer, run.learner, gradient)
+        dpt.apply(optimizer, run.learner, compressor.after(gradient, index, own_key))
         yield Step(index + 1, unprotected(parts, spec) if parts else None)
 
 
