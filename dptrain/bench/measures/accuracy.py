@@ -82,7 +82,8 @@ def _trained(case: Case, config: TrainConfig) -> Outcome:
 
 def config(case: Case, seed: int, out: Path) -> TrainConfig:
     """The run of one seed."""
-    return TrainConfig.from_dict(own_settings(case, seed, out) | dict(case.settings))
+    usual = {"evaluations": 1}
+    return TrainConfig.from_dict(usual | own_settings(case, seed, out) | dict(case.settings))
 
 
 def own_settings(case: Case, seed: int, out: Path) -> dict[str, Any]:
@@ -95,7 +96,6 @@ def own_settings(case: Case, seed: int, out: Path) -> dict[str, Any]:
         "precision": case.precision,
         "compile": case.compile,
         "device": case.device,
-        "evaluations": 1,
         "seed": seed,
         "out": str(out),
     }
