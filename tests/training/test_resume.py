@@ -78,6 +78,8 @@ VARIANTS = [
     {"method": "non-private"},
     {"model": "mlp", "hardened": True},
     {"clip_rule": "quantile", "noise_ramp": 0.5, "augmentations": 2},
+    {"compress": "topk", "keep": 0.1, "error_feedback": True},
+    {"compress": "public-subspace", "public_examples": 50, "compress_before_clipping": True},
     {"engine": "jax", "model": "mlp", "optimizer": "adam", "lr": 1e-2, "weight_average": 0.9},
     {"optimizer": "adam-bc", "lr": 1e-2},
     {"optimizer": "accumulated-momentum"},
