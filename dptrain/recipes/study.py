@@ -27,7 +27,13 @@ SMALL_JAX_S, SMALL_UNSUPPORTED_S, SMALL_TRAINING_S = 12.0, 3.0, 6.0
 #: in JAX the check of exactness compiles more than the race
 SMALL_JAX_CHECK_S = 25.0
 #: more for models whose step is longer
-SMALL_MODEL_S = {"bit-50x1": 10.0, "gpt2-like": 5.0, "vit-small": 3.0}
+SMALL_MODEL_S = {
+    "bit-50x1": 10.0,
+    "gpt2-like": 5.0,
+    "lenet5": 25.0,
+    "sample-convnet": 20.0,
+    "vit-small": 3.0,
+}
 #: seconds of a case on a GPU, roughly
 PAPER_S: dict[str, float] = {
     "throughput": 60,

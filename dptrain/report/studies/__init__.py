@@ -8,7 +8,17 @@ from collections.abc import Callable
 from dptrain.report.errors import told_of
 from dptrain.report.reading import Study
 from dptrain.report.shown import Shown
-from dptrain.report.studies import accuracy, cost, memory, plain, precision, scaling, sections, support
+from dptrain.report.studies import (
+    accuracy,
+    compression,
+    cost,
+    memory,
+    plain,
+    precision,
+    scaling,
+    sections,
+    support,
+)
 from dptrain.report.studies.common import common_note, table
 
 STUDIES: dict[str, Callable[[Study], Shown]] = {
@@ -36,6 +46,8 @@ STUDIES: dict[str, Callable[[Study], Shown]] = {
     "dp-timing": sections.dp_timing,
     "dp-runtime-profile": sections.dp_runtime_profile,
     "dp-memory": memory.dp_memory,
+    "naive-momentum": compression.naive_momentum,
+    "public-compress": compression.public_compress,
     "simulation": scaling.simulation,
 }
 
