@@ -46,6 +46,8 @@ PAPER_S: dict[str, float] = {
 }
 #: examples per second of private training of ViT-Base on an A100, roughly; the paper has 50,000 per epoch
 PAPER_TRAINING_RATE, PAPER_EXAMPLES = 60.0, 50_000
+#: of networks that are nothing to a GPU, where the steps themselves take the time
+PAPER_RATES = {"lenet5": 10_000.0, "sample-convnet": 10_000.0}
 
 
 @dataclass(frozen=True)
@@ -112,5 +114,6 @@ def _paper_s(case: Case) -> float:
     if case.measure == "accuracy":
         epochs = dict(case.settings).get("epochs") or 1
         faster = 1.0 if resolve(case.method).is_private else 2.85
-        seconds += case.seeds * epochs * PAPER_EXAMPLES / (PAPER_TRAINING_RATE * faster)
+        rate = PAPER_RATES.get(case.model, PAPER_TRAINING_RATE * faster)
+        seconds += case.seeds * epochs * PAPER_EXAMPLES / rate
     return seconds * case.devices
