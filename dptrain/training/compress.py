@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -35,7 +35,9 @@ class Compressor:
         memory: by parameter name, what error feedback remembers; empty without it.
     """
 
-    def __init__(self, run: Run, loss: LossFn) -> None:
+    def __init__(self, run: Run, loss: LossFn, views: Callable[[Batch], Batch]) -> None:
+        """views: makes of a batch what the loss takes."""
+        self._views = views
         self.run, self.name, self.ranks = run, run.config.compress, ALONE
         self._plain = loss
         self._projections: dict[str, Projection] = self._stand_ins()
@@ -118,7 +120,7 @@ class Compressor:
         """All public examples, a few at a time."""
         assert self.run.public is not None
         for piece in torch.arange(len(self.run.public)).split(PIECE):
-            yield self.run.public.gather(piece)
+            yield self._views(self.run.public.gather(piece))
 
     def _stand_ins(self, counting: bool = False) -> dict[str, Projection]:
         """Projections of the kind that each step will have; of its size too, if they are to be counted."""

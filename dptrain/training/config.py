@@ -436,6 +436,15 @@ def _check_compression(config: TrainConfig) -> None:
         raise ConfigError(f"--error-feedback is for what is left out after the noise, and not for {other}.")
     if config.engine == "jax" and how != "none":
         raise ConfigError("--compress is for --engine torch: leave one of them out.")
+    if how != "none" and config.optimizer in ("adam-bc", "adamw-bc"):
+        raise ConfigError(
+            f"--optimizer {config.optimizer} subtracts the noise of all coordinates, of which --compress "
+            "leaves a part: take adam or adamw."
+        )
+    if how == LEAKY and config.clip_rule == "quantile":
+        raise ConfigError(
+            f"--compress {how} has no noise to follow a quantile with: choose another --clip-rule."
+        )
     if how == LEAKY and (config.hardened or not methods.resolve(config.method).is_private):
         other = "--hardened" if config.hardened else f"--method {config.method}"
         raise ConfigError(f"--compress {how} shows what noise does not protect, and cannot go with {other}.")

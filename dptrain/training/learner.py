@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +26,7 @@ from dptrain.training.compress import Compressor
 from dptrain.training.loop import (
     BeforeRelease,
     Step,
+    augmented,
     clip_stand_ins,
     logical_steps,
     make_loss,
@@ -114,7 +116,7 @@ class TorchLearner:
         config = run.config
         self.run, self.taken, self.is_whole, self.size = run, 0, True, 0
         self.ranks = ALONE
-        self.compressor = Compressor(run, make_loss(run))
+        self.compressor = Compressor(run, make_loss(run), partial(augmented, run))
         self._build_optimizer()
         self.average = average_of(run.learner, config.weight_average) if config.weight_average else None
         self.clipped: dpt.ClippedGrad | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -68,6 +69,8 @@ def test_what_is_clipped_is_what_is_kept(quick, name, monkeypatch):
     monkeypatch.setattr(Compressor, "before", watched)
     monkeypatch.setattr(dpt, "privatize", released)
     config = quick(steps=2, compress=name, keep=0.1, evaluations=1, compress_before_clipping=True, **PUBLIC)
+    if name == "public-topk":  # public images are seen as private ones are
+        config = replace(config, augmentations=2)
     outcome = train(config)
     assert len(seen) == 2 and "before clipping" in summary(outcome)["compression"]
 
@@ -142,6 +145,8 @@ def test_what_leaks_still_gets_the_noise_that_it_is_to_show(quick):
             {"compress": "random-k", "compress_before_clipping": True, "error_feedback": True},
             "after the noise",
         ),
+        ({"compress": "topk", "optimizer": "adam-bc"}, "noise of all coordinates"),
+        ({"compress": LEAKY, "clip_rule": "quantile"}, "follow a quantile"),
         ({"compress": "topk", "engine": "jax"}, "for --engine torch"),
         ({"compress": "topk", "keep": 2.0}, "at most 1"),
         ({"compress": "topk", "keep": 0.0}, "positive"),

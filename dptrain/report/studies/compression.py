@@ -88,8 +88,8 @@ def _shown(
     notes = [*common_note(study)]
     if ok:
         notes.append(
-            "Those with ε = ∞ have no guarantee, and no place in the panel over epsilon. Bytes are those that "
-            "noisy gradients take: kept values, and their indices where nobody else knows them."
+            "Those with ε = ∞ have no guarantee, and no place in the panel over epsilon. Bytes are those "
+            "that noisy gradients take: kept values, and their indices where nobody else knows them."
         )
     findings = tuple(judge(study) for judge in judges)
     return Shown(study.name, study.title, study.shows, found, charts, findings, tuple(notes))
