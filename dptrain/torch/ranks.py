@@ -108,7 +108,9 @@ class Ranks(Team):
             return collective(*args, group=self.group, **options)
 
 
-_FROM_GLOO = re.compile(r"\[[^]]*/gloo/[^]]*\] ")  # the place in its source with which each of its errors begins
+_FROM_GLOO = re.compile(
+    r"\[[^]]*/gloo/[^]]*\] "
+)  # the place in its source with which each of its errors begins
 
 
 @contextlib.contextmanager
