@@ -20,8 +20,10 @@ from dptrain.core.mechanism import Mechanism
 from dptrain.torch.physical_batch import Trial
 from dptrain.training import Outcome, Run, RunFolder, Score, TrainConfig
 from dptrain.training.loop import Step, Unprotected
+from dptrain.training.outcome import compression
 from dptrain.training.run_folder import CONFIG
 
+NO_GUARANTEE = "the mask comes from private gradients, and the noise does not hide it"
 UNPROTECTED = "UNPROTECTED (not covered by epsilon)"
 
 
@@ -140,11 +142,18 @@ def show_plan(console: Console, run: Run, folder: RunFolder) -> None:
     table.add_row("batches", f"Poisson, {size} expected (q = {rate}){most}, {mechanism.steps:,} steps")
     if config.augmentations:
         table.add_row("views", f"{config.augmentations} of each image, averaged before clipping")
+    if run.public is not None:
+        table.add_row("public data", f"{len(run.public):,} training examples, which epsilon does not cover")
+    if kept := compression(run):
+        table.add_row("compression", kept)
     if run.is_private:
         rule = CLIPPING[mechanism.step(0).clip_rule.name]
         table.add_row("clipping", f"{run.method}, {rule.format(_over_steps(mechanism, 'sensitivity'))}")
-        table.add_row("noise", f"{_over_steps(mechanism, 'noise_multiplier')} x clip norm")
-    else:
+        noise = _over_steps(run.in_vain or mechanism, "noise_multiplier")
+        table.add_row("noise", f"{noise} x clip norm")
+    if run.in_vain is not None:
+        table.add_row("privacy", f"[bold red]NONE[/]: {NO_GUARANTEE}, epsilon = inf")
+    if not run.is_private:
         table.add_row(
             "privacy", "[bold red]NONE[/]: non-private method, no clipping, no noise, epsilon = inf"
         )
@@ -175,7 +184,19 @@ def show_outcome(console: Console, outcome: Outcome) -> None:
     table.add_row(f"{run.held_out_name} loss", f"{score.loss:.4f}")
     table.add_row("training time", f"{outcome.training_s:.1f} s")
     table.add_row("method", run.method)
-    if run.is_private:
+    if run.public is not None:
+        table.add_row("public data", f"{len(run.public):,} training examples, declared so")
+    if kept := compression(run):
+        wire = outcome.wire
+        table.add_row("compression", kept)
+        table.add_row(
+            "bytes per step",
+            f"{wire.sum_bytes:,} for the sum, {wire.release_bytes:,} for the noisy gradient; "
+            f"{wire.dense_bytes:,} each without compression",
+        )
+    if run.in_vain is not None:
+        table.add_row("privacy", f"[bold red]none: epsilon = inf[/]: {NO_GUARANTEE}")
+    elif run.is_private:
         table.add_section()
         table.add_row("epsilon spent", f"[bold]{outcome.epsilon:.4g}[/] for {_releases(outcome)}")
         for name, value in run.mechanism.describe(run.config.accountant).items():

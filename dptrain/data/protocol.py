@@ -65,6 +65,8 @@ class Splits:
     """None if the data set comes without."""
     test_name: str = "test"
     """What the examples to evaluate on are called."""
+    public: Dataset | None = None
+    """Examples that the user has declared public; no private one is among them."""
 
     @property
     def num_classes(self) -> int:

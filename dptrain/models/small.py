@@ -153,6 +153,7 @@ SMALL: dict[str, Callable[[int, InputShape], nn.Module]] = {
     "mlp": mlp,
     "convnet": convnet,
     "lenet": lenet,
+    "sample-convnet": lenet,  # as Opacus's MNIST example calls it
     "lenet-tanh": lenet_tanh,
     "lenet-norm": lenet_norm,
     "lenet5": lenet5,

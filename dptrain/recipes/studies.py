@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dptrain.bench import Case
-from dptrain.recipes import ml_privacy_exp, optimizers, paper
+from dptrain.recipes import adaptive_and_compressed, ml_privacy_exp, optimizers, paper
 from dptrain.recipes.study import SCALES, Extras, Scale, Study, estimate_s, manifest
 from dptrain.training import ConfigError
 
@@ -15,6 +15,7 @@ _GPU = "The scale paper needs a GPU with 40 GB."
 _V100 = (
     "The scale paper needs a GPU with 40 GB, which stands for both of the paper's by limits of 32 and 40 GiB."
 )
+_MNIST = "MNIST; the scale paper a GPU, or an afternoon."
 _CIFAR = "The scale paper needs a GPU with 40 GB, CIFAR-100 and pre-trained weights."
 
 
@@ -186,6 +187,20 @@ _ALL = (
         "ml-privacy-exp: dp_memory",
         "Memory of VGG11 after gradient, clipping and noise.",
         ml_privacy_exp.dp_memory,
+    ),
+    _study(
+        "naive-momentum",
+        "ml-privacy-exp: naive_momentum",
+        "What momentum makes of private gradients, whole and compressed, at the same epsilon.",
+        adaptive_and_compressed.naive_momentum,
+        _MNIST,
+    ),
+    _study(
+        "public-compress",
+        "ml-privacy-exp: dp_pub_compress",
+        "What compression costs, and what public data are worth to it, before clipping and after the noise.",
+        adaptive_and_compressed.public_compress,
+        _MNIST,
     ),
     _study(
         "simulation",

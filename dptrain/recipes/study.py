@@ -27,7 +27,13 @@ SMALL_JAX_S, SMALL_UNSUPPORTED_S, SMALL_TRAINING_S = 12.0, 3.0, 6.0
 #: in JAX the check of exactness compiles more than the race
 SMALL_JAX_CHECK_S = 25.0
 #: more for models whose step is longer
-SMALL_MODEL_S = {"bit-50x1": 10.0, "gpt2-like": 5.0, "vit-small": 3.0}
+SMALL_MODEL_S = {
+    "bit-50x1": 10.0,
+    "gpt2-like": 5.0,
+    "lenet5": 25.0,
+    "sample-convnet": 20.0,
+    "vit-small": 3.0,
+}
 #: of training of networks whose steps take less
 SMALL_TRAINING_OF_S = {"mlp": 1.5}
 #: seconds of a case on a GPU, roughly
@@ -42,6 +48,8 @@ PAPER_S: dict[str, float] = {
 }
 #: examples per second of private training of ViT-Base on an A100, roughly; the paper has 50,000 per epoch
 PAPER_TRAINING_RATE, PAPER_EXAMPLES = 60.0, 50_000
+#: of networks that are nothing to a GPU, where the steps themselves take the time
+PAPER_RATES = {"lenet5": 10_000.0, "sample-convnet": 10_000.0}
 
 
 @dataclass(frozen=True)
@@ -108,5 +116,6 @@ def _paper_s(case: Case) -> float:
     if case.measure == "accuracy":
         epochs = dict(case.settings).get("epochs") or 1
         faster = 1.0 if resolve(case.method).is_private else 2.85
-        seconds += case.seeds * epochs * PAPER_EXAMPLES / (PAPER_TRAINING_RATE * faster)
+        rate = PAPER_RATES.get(case.model, PAPER_TRAINING_RATE * faster)
+        seconds += case.seeds * epochs * PAPER_EXAMPLES / rate
     return seconds * case.devices

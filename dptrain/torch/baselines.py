@@ -90,8 +90,15 @@ class _Parts:
 
 
 def vectorised(model, loss_fn, parameters, batch, mask, batch_size, rule: ClipRule, grid=None) -> Result:
-    """``vmap(grad)`` of the loss of one example, as functorch users write it."""
-    wrapper = _Loss(model, loss_fn)
+    """Clipped from the gradients of single examples, as functorch users write it."""
+    grads, losses = per_example(model, loss_fn, parameters, batch)
+    with full_precision(losses.device):
+        return _clipped(parameters, grads, losses, mask, batch_size, rule, grid)
+
+
+def per_example(model, loss_fn, parameters, batch) -> tuple[dict[str, Tensor], Tensor]:
+    """``vmap(grad)`` of the loss of one example: gradients by name ``[B, *parameter]``, losses ``[B]``."""
+    wrapper = WithLoss(model, loss_fn)
     frozen = {f"model.{n}": p.detach() for n, p in model.named_parameters() if not p.requires_grad}
     buffers = {f"model.{n}": b for n, b in model.named_buffers()}
     mine = {f"model.{n}": p.detach() for n, p in parameters.items()}
@@ -105,9 +112,7 @@ def vectorised(model, loss_fn, parameters, batch, mask, batch_size, rule: ClipRu
     transform = torch.func.vmap(torch.func.grad(one, has_aux=True), in_dims=(None, 0), randomness="different")
     with refusing(NO_VMAP), torch.no_grad():  # for a batch that asks for gradients of its own
         grads, losses = transform(mine, batch)
-    with full_precision(losses.device):
-        grads = {name.removeprefix("model."): g for name, g in grads.items()}
-        return _clipped(parameters, grads, losses, mask, batch_size, rule, grid)
+    return {name.removeprefix("model."): g for name, g in grads.items()}, losses
 
 
 def _clipped(parameters, grads, losses, mask, batch_size, rule, grid) -> Result:
@@ -130,7 +135,9 @@ def _clipped(parameters, grads, losses, mask, batch_size, rule, grid) -> Result:
     return sums, *_masked(squared.sqrt(), losses.detach(), mask)
 
 
-class _Loss(nn.Module):
+class WithLoss(nn.Module):
+    """A model and its loss as one module, for `torch.func.functional_call`."""
+
     def __init__(self, model: nn.Module, loss_fn):
         super().__init__()
         self.model, self.loss_fn = model, loss_fn

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import tyro
 
+from dptrain.core import methods
 from dptrain.core.checks import shown
 from dptrain.core.files import Unreadable, parse_json, read_text
 from dptrain.core.printable import is_printable
@@ -39,6 +40,21 @@ RestartName = Literal["afresh", "replay"]
 ShardName = Literal["none", "optimizer"]
 ClipRuleName = Literal["flat", "automatic", "per-layer", "quantile"]
 AugmentationName = Literal["shift", "shift-flip"]
+CompressName = Literal[
+    "none",
+    "topk",
+    "global-topk",
+    "random-k",
+    "public-topk",
+    "public-global-topk",
+    "public-subspace",
+    "leaky-topk-no-guarantee",
+]
+
+PUBLIC_GRADIENT = ("public-topk", "public-global-topk")
+PUBLIC_SUBSPACE, RANDOM, LEAKY = "public-subspace", "random-k", "leaky-topk-no-guarantee"
+KNOWN_BEFORE = (*PUBLIC_GRADIENT, PUBLIC_SUBSPACE, RANDOM)
+"""Ways to compress that no private example decides."""
 
 
 PATHS = ("data_dir", "weights", "out")
@@ -193,6 +209,25 @@ class TrainConfig:
     weight_average: float = 0.95
     """Decay of an exponential average of the weights, which is then what is saved; 0: none."""
 
+    # Compression (docs/compression.md)
+    compress: CompressName = "none"
+    """What is kept of each gradient. topk, global-topk: the largest magnitudes of the noisy gradient, of each
+    tensor or of all; random-k; public-topk, public-global-topk: those of a gradient of public examples;
+    public-subspace: the part in the span of public gradients; leaky-topk-no-guarantee: those of the private
+    gradient itself: NO privacy, epsilon = inf."""
+    keep: float = 0.01
+    """With --compress: the share of coordinates that are kept."""
+    subspace_rank: int = 8
+    """With --compress public-subspace: dimensions that are kept of each tensor."""
+    compress_before_clipping: bool = False
+    """With random-k and public-...: project each example's gradient before it is clipped, so that clipping
+    and noise are spent on what is kept alone; else only the noisy gradient is projected."""
+    error_feedback: bool = False
+    """Add what compression left out to the next gradient."""
+    public_examples: int = 0
+    """So many random training examples that YOU declare public: they are held out of the private ones, have
+    no part in N, q and L, and epsilon says nothing of them."""
+
     # Machine
     engine: EngineName = "torch"
     """torch or jax. JAX has the small networks, ViT and BiT, and compiles once for the run."""
@@ -302,6 +337,8 @@ def _check(config: TrainConfig) -> None:
         "image_size",
         "max_length",
         "lora_rank",
+        "subspace_rank",
+        "keep",
         "lora_alpha",
         "evaluations",
         "checkpoint_every",
@@ -383,6 +420,7 @@ def _check(config: TrainConfig) -> None:
         raise ConfigError(f"--hardened is for private, uncompiled steps of --engine torch, not for {other}.")
     if config.engine == "jax" and config.shard != "none":
         raise ConfigError("--shard is for --engine torch under torchrun: leave it out.")
+    _check_compression(config)
     if config.seed is not None and config.seed < 0:
         raise ConfigError(
             f"--seed is {config.seed}: give a number of at least 0, or leave it out for secure randomness."
@@ -408,6 +446,49 @@ def _check_correlated(config: TrainConfig) -> None:
             "--noise-bands needs --restart replay: noise that depends on that of earlier steps can only be "
             "repeated, from a key in a file outside the run folder."
         )
+
+
+def _check_compression(config: TrainConfig) -> None:
+    """Refuse what cannot be compressed as asked."""
+    how = config.compress
+    if config.keep > 1:
+        raise ConfigError(f"--keep is {config.keep}: give the share of coordinates to keep, at most 1.")
+    if config.public_examples < 0:
+        raise ConfigError(f"--public-examples is {config.public_examples}: give a number of at least 0.")
+    if how.startswith("public-") and not config.public_examples:
+        raise ConfigError(
+            f"--compress {how} needs public examples: say with --public-examples 600 how many of the "
+            "training set are public."
+        )
+    if config.compress_before_clipping and how not in KNOWN_BEFORE:
+        raise ConfigError(
+            "--compress-before-clipping needs a --compress that no private example decides "
+            f"({', '.join(KNOWN_BEFORE)}), not {how}."
+        )
+    if config.error_feedback and (how in ("none", LEAKY) or config.compress_before_clipping):
+        other = "--compress-before-clipping" if config.compress_before_clipping else f"--compress {how}"
+        raise ConfigError(f"--error-feedback is for what is left out after the noise, and not for {other}.")
+    if config.engine == "jax" and how != "none":
+        raise ConfigError("--compress is for --engine torch: leave one of them out.")
+    if how != "none" and config.optimizer in ("adam-bc", "adamw-bc"):
+        raise ConfigError(
+            f"--optimizer {config.optimizer} subtracts the noise of all coordinates, of which --compress "
+            "leaves a part: take adam or adamw."
+        )
+    if how != "none" and config.denoise:
+        raise ConfigError(
+            "--denoise filters the noise of all coordinates, of which --compress leaves a part: "
+            "leave one of them out."
+        )
+    if how == LEAKY and config.noise_bands > 1:
+        raise ConfigError(f"--compress {how} has no noise to correlate: leave out --noise-bands.")
+    if how == LEAKY and config.clip_rule == "quantile":
+        raise ConfigError(
+            f"--compress {how} has no noise to follow a quantile with: choose another --clip-rule."
+        )
+    if how == LEAKY and (config.hardened or not methods.resolve(config.method).is_private):
+        other = "--hardened" if config.hardened else f"--method {config.method}"
+        raise ConfigError(f"--compress {how} shows what noise does not protect, and cannot go with {other}.")
 
 
 def _is_sound(value: Any) -> bool:

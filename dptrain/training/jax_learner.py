@@ -24,6 +24,7 @@ from dptrain import jax as dpj
 from dptrain.core.entropy import Key
 from dptrain.models.jax import translated
 from dptrain.optim.averaging import warmed_decay
+from dptrain.optim.wire import Wire, wire
 from dptrain.optim.with_optax import build_optax
 from dptrain.torch.physical_batch import Trial
 from dptrain.training.config import ConfigError
@@ -225,6 +226,9 @@ class JaxLearner:
         for name, parameter in self.run.learner.named_parameters():
             if name in kept:
                 parameter.copy_(_tensor(kept[name]))
+
+    def wire(self) -> Wire:
+        return wire({name: x.shape for name, x in self.params.items()}, None, known=True)
 
 
 def _devices(name: str, number: int) -> list[jax.Device]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -17,11 +18,20 @@ from dptrain.core.quantile import FollowedClipNorm
 from dptrain.core.releases import Numbers
 from dptrain.core.spec import StepSpec
 from dptrain.optim import average_of, build_optimizer, build_schedule
+from dptrain.optim.wire import Wire
 from dptrain.torch.physical_batch import Trial, choose
 from dptrain.torch.ranks import ALONE, Ranks, lost_ranks
 from dptrain.training.checkpoint import CheckpointError
+from dptrain.training.compress import Compressor
 from dptrain.training.denoiser_state import denoiser_state, restore_denoiser
-from dptrain.training.loop import BeforeRelease, Step, clip_stand_ins, logical_steps, make_loss
+from dptrain.training.loop import (
+    BeforeRelease,
+    Step,
+    augmented,
+    clip_stand_ins,
+    logical_steps,
+    make_loss,
+)
 from dptrain.training.optimizer_state import optimizer_state, restore_optimizer
 from dptrain.training.prepare import Run
 
@@ -95,6 +105,10 @@ class Learner(Protocol):
         """Leave these weights in the run's model."""
         ...
 
+    def wire(self) -> Wire:
+        """Bytes that a step of each device sends."""
+        ...
+
 
 class TorchLearner:
     """The PyTorch engine."""
@@ -103,6 +117,7 @@ class TorchLearner:
         config = run.config
         self.run, self.taken, self.is_whole, self.size = run, 0, True, 0
         self.ranks = ALONE
+        self.compressor = Compressor(run, make_loss(run), partial(augmented, run))
         self._build_optimizer()
         self.average = average_of(run.learner, config.weight_average) if config.weight_average else None
         self.denoiser = dpt.Denoiser(run.learner, config.denoise) if config.denoise else None
@@ -125,14 +140,14 @@ class TorchLearner:
         first = run.mechanism.step(0)
         options = {"clip_norm": first.clip_rule, "method": run.method, "grid": first.grid}
         options |= {"ranks": ALONE}  # until they join
-        clipped = dpt.clipped_grad(run.learner, make_loss(run), **options)
+        clipped = dpt.clipped_grad(run.learner, self.compressor.loss, **options)
         size, trials = config.physical_batch_size, []
         if size == "auto":  # measured uncompiled: to compile each size would take minutes
             largest = int(max(spec.expected_batch_size for spec, _ in run.mechanism.segments))
             size, trials = choose(lambda n: clip_stand_ins(run, clipped, n), largest, run.device)
         if config.compile:
             compiles()
-            clipped = dpt.clipped_grad(run.learner, make_loss(run), **options, compile=True)
+            clipped = dpt.clipped_grad(run.learner, self.compressor.loss, **options, compile=True)
         if config.compile or not trials:
             clip_stand_ins(run, clipped, size)
         self.clipped, self.size = clipped, size
@@ -150,7 +165,7 @@ class TorchLearner:
             self.restore(taken, state)
         ranks.share(buffer for _, buffer in self.run.model.named_buffers())
         ranks.check_alike("weights", dict(self.run.model.named_parameters()))
-        self.clipped.ranks = ranks
+        self.clipped.ranks = self.compressor.ranks = ranks
         self.is_whole = not self.shares_out
 
     @property
@@ -180,6 +195,7 @@ class TorchLearner:
             key,
             self.taken,
             release,
+            self.compressor,
             self.ranks,
             self.follow,
             self.denoiser,
@@ -204,6 +220,7 @@ class TorchLearner:
         if self.denoiser is not None:
             kept, numbers["denoiser"] = denoiser_state(self.denoiser)
             tensors |= {f"denoiser/{name}": value for name, value in kept.items()}
+        tensors |= {f"left over/{name}": value for name, value in self.compressor.memory.items()}
         return State(tensors, numbers)
 
     def restore(self, taken: int, state: State) -> None:
@@ -216,6 +233,7 @@ class TorchLearner:
             self.follow = FollowedClipNorm(self.follow.rule, numbers.pop("clip_norm", None))
         if self.denoiser is not None:
             restore_denoiser(self.denoiser, under("denoiser", state.tensors), numbers.pop("denoiser", None))
+        put(self.compressor.memory, under("left over", state.tensors))
         restore_optimizer(self.optimizer, self.schedule, under("optimizer", state.tensors), numbers)
         self.taken = taken
 
@@ -228,6 +246,9 @@ class TorchLearner:
         if self.average is not None and self.taken:
             self.run.learner.load_state_dict(self.average.module.state_dict())
             self.average = None
+
+    def wire(self) -> Wire:
+        return self.compressor.wire()
 
     def _put_back(self) -> None:
         """The weights, after an interruption while gradients were taken elsewhere."""

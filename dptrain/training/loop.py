@@ -22,6 +22,7 @@ from dptrain.data import Batch
 from dptrain.models import logits
 from dptrain.torch.ranks import ALONE, Ranks
 from dptrain.training.augment import views
+from dptrain.training.compress import Compressor
 from dptrain.training.device import autocast
 from dptrain.training.prepare import Run
 
@@ -91,6 +92,7 @@ def logical_steps(
     key: Key,
     first: int,
     before_release: BeforeRelease,
+    compressor: Compressor,
     ranks: Ranks = ALONE,
     follow: FollowedClipNorm | None = None,
     denoiser: dpt.Denoiser | None = None,
@@ -100,9 +102,9 @@ def logical_steps(
     Each is a function of the weights before it, the data and (key, index) alone: a step that is repeated
     with the same key is the same, and with another key shares no randomness with it.
 
-    clipped: what `dpt.clipped_grad` returned. key: the run's secret. ranks: that all take these steps, each
-    with its share of the examples. follow: the clip norm of a mechanism by which it follows a quantile.
-    denoiser: says where gradients are taken, and filters what is released.
+    clipped: what `dpt.clipped_grad` returned for the compressor's loss. key: the run's secret. ranks: that
+    all take these steps, each with its share of the examples. follow: the clip norm of a mechanism by which
+    it follows a quantile. denoiser: says where gradients are taken, and filters what is released.
     """
     batches = pieces(run, physical_batch_size, key, first, ranks)
     correlated = correlated_noise(run, key, first)
@@ -111,6 +113,10 @@ def logical_steps(
         spec = run.mechanism.step(index)
         clipped.rule = Flat(follow.clip_norm) if follow else spec.clip_rule
         total, parts, centred = None, [], 0.0
+        own_key = key.child("compression", index)
+        if compressor.decides_before:
+            with random_state(own_key.child("forward"), run.device):
+                compressor.before(own_key)
         where = nullcontext() if denoiser is None else denoiser.ahead()
         with where, random_state(key.child("forward", index, *own), run.device):
             for batch, mask, is_last in batches:
@@ -127,6 +133,7 @@ def logical_steps(
         before_release(index, spec, gradient.on_host)
         if follow:
             follow.follow(centred, spec, noise)
+        gradient = compressor.after(gradient, index, own_key)
         if denoiser is not None:
             gradient = denoiser.filtered(gradient)
         dpt.apply(optimizer, run.learner, gradient)

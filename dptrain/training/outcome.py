@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from dptrain.optim.wire import Wire
+from dptrain.training.config import PUBLIC_SUBSPACE
 from dptrain.training.evaluation import Score
 from dptrain.training.prepare import Run
 from dptrain.training.run_folder import RunFolder
@@ -26,13 +28,15 @@ class Outcome:
     interrupted: bool
     physical_batch_size: int
     training_s: float
+    wire: Wire
+    """Bytes that a step of each device sends."""
 
 
 def summarise(outcome: Outcome) -> dict[str, Any]:
     """What `summary.json` holds."""
     run = outcome.run
     return {
-        "private": run.is_private,
+        "private": run.has_guarantee,
         "reproducible": run.key.reproducible,
         "interrupted": outcome.interrupted,
         "epsilon": outcome.epsilon,
@@ -49,4 +53,20 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
         "training_s": outcome.training_s,
         "trained_parameters": run.trainable.count,
         "parameters": run.trainable.total,
+        "compression": compression(run),
+        "bytes_per_step": outcome.wire.to_dict(),
     }
+
+
+def compression(run: Run) -> str:
+    """What is kept of each gradient, in words; empty where that is everything."""
+    config = run.config
+    if config.compress == "none":
+        return ""
+    share = f"{config.subspace_rank} dimensions of each tensor"
+    if config.compress != PUBLIC_SUBSPACE:
+        of_all = "all coordinates" if config.compress.endswith("global-topk") else "each tensor"
+        share = f"{100 * config.keep:g} % of {of_all}"
+    when = "before clipping" if config.compress_before_clipping else "after the noise"
+    memory = ", the rest is added to the next gradient" if config.error_feedback else ""
+    return f"{config.compress}: {share}, {when}{memory}"

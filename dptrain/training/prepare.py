@@ -37,7 +37,7 @@ from dptrain.models import (
     select_trainable,
     split_head,
 )
-from dptrain.training.config import ConfigError, TrainConfig
+from dptrain.training.config import LEAKY, ConfigError, TrainConfig
 from dptrain.training.device import check_precision, resolve_device
 from dptrain.training.make_model import Made, make_model
 from dptrain.training.saved import Tensors, restore_fixed
@@ -47,6 +47,9 @@ COUNT_NOISE = 0.05
 
 VALIDATION_SEED = 1
 """The split of --validation-fraction is public and the same in every run."""
+
+PUBLIC_SEED = 2
+"""So is the choice of --public-examples, which looks at no example."""
 
 NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "half": ((0.5,), (0.5,)),
@@ -77,10 +80,20 @@ class Run:
     method: str
     device: torch.device
     key: Key
+    public: Dataset | None = None
+    """Training examples that the user has declared public."""
+    in_vain: Mechanism | None = None
+    """Of a compression without any guarantee: the noise that protects nothing. `mechanism` has none."""
 
     @property
     def is_private(self) -> bool:
+        """Whether gradients are clipped and get noise."""
         return methods.resolve(self.method).is_private
+
+    @property
+    def has_guarantee(self) -> bool:
+        """Whether epsilon is finite."""
+        return self.is_private and self.in_vain is None
 
 
 def prepare(config: TrainConfig, fixed: Tensors | None = None, key: Key | None = None) -> Run:
@@ -101,7 +114,9 @@ def prepare(config: TrainConfig, fixed: Tensors | None = None, key: Key | None =
 
     wanted = preferences(config.model)
     splits = load_splits(config, wanted, device)
-    mechanism = make_mechanism(config, len(splits.train), private=method.is_private)
+    mechanism, in_vain = make_mechanism(config, len(splits.train), private=method.is_private), None
+    if config.compress == LEAKY:
+        mechanism, in_vain = without_noise(mechanism), mechanism
 
     # All that a saved run had loaded is in its own files.
     plain = config if fixed is None else replace(config, pretrained=False, weights=None)
@@ -118,7 +133,8 @@ def prepare(config: TrainConfig, fixed: Tensors | None = None, key: Key | None =
     if config.cache_features:
         backbone, learner = split_head(model)
         train, test = (cache_features(part, backbone) for part in (splits.train, splits.test))
-        splits = replace(splits, train=train, test=test)
+        public = splits.public and cache_features(splits.public, backbone)
+        splits = replace(splits, train=train, test=test, public=public)
         if list(learner(splits.train.stand_in(1)[0]).shape) != [1, splits.num_classes]:
             raise ConfigError(
                 f"--cache-features needs a head that reads one vector per example; that of {config.model} "
@@ -138,6 +154,8 @@ def prepare(config: TrainConfig, fixed: Tensors | None = None, key: Key | None =
         method=method.name,
         device=device,
         key=key,
+        public=splits.public,
+        in_vain=in_vain,
     )
 
 
@@ -159,13 +177,27 @@ def load_splits(config: TrainConfig, wanted: Preferences, device: torch.device) 
     )
     if config.validation_fraction:
         rest, held_out = stratified(splits.train.labels, config.validation_fraction, VALIDATION_SEED)
-        return Splits(splits.train.subset(rest), splits.train.subset(held_out), "validation")
+        splits = Splits(splits.train.subset(rest), splits.train.subset(held_out), "validation")
     if splits.test is None:
         raise DataError(
             f"{config.data} has no examples with labels to evaluate on; hold a part of the training set "
             "out with --validation-fraction 0.1."
         )
-    return splits
+    return declare_public(splits, config.public_examples) if config.public_examples else splits
+
+
+def declare_public(splits: Splits, count: int) -> Splits:
+    """With `count` random training examples apart, the same in every run: public from here on.
+
+    Raises:
+        ConfigError: there are not so many.
+    """
+    size = len(splits.train)
+    if count >= size:
+        raise ConfigError(f"--public-examples is {count}, but there are {size:,} training examples.")
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(PUBLIC_SEED))
+    rest, public = order[count:].sort().values, order[:count].sort().values
+    return replace(splits, train=splits.train.subset(rest), public=splits.train.subset(public))
 
 
 def make_mechanism(config: TrainConfig, dataset_size: int, private: bool) -> Mechanism:
@@ -252,6 +284,12 @@ def _by_layer(config: TrainConfig, mechanism: Mechanism, learner: nn.Module) -> 
         return mechanism
     names = [name for name, p in learner.named_parameters() if p.requires_grad]
     return mechanism.with_rule(PerLayer.evenly(config.clip_norm, names))
+
+
+def without_noise(mechanism: Mechanism) -> Mechanism:
+    """The same steps without noise, hence without any guarantee."""
+    segments = tuple((replace(spec, noise_multiplier=0.0), n) for spec, n in mechanism.segments)
+    return Mechanism(segments, mechanism.neighbours, mechanism.delta)
 
 
 def _initialised(config: TrainConfig, splits: Splits, key: Key) -> Made:

@@ -108,6 +108,11 @@ class RunFolder:
         path = self.path / METRICS
         return path.stat().st_size if path.exists() else 0
 
+    def evaluations(self) -> list[dict[str, Any]]:
+        """What the metrics say of each evaluation, in order."""
+        lines = (self.path / METRICS).read_text(encoding="utf-8").splitlines()
+        return [event for event in map(json.loads, lines) if event["event"] == "evaluation"]
+
     def cut_metrics(self, size: int) -> None:
         """Leave the first `size` bytes: what came after belongs to steps that are taken again."""
         path = self.path / METRICS

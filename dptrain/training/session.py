@@ -263,6 +263,7 @@ class Session:
             interrupted=interrupted,
             physical_batch_size=self.size,
             training_s=training_s,
+            wire=self.learner.wire(),
         )
         with self._storage():
             self.folder.save_summary(summarise(outcome))

@@ -201,6 +201,57 @@ def compared(corrected: float = 0.93) -> list[Record]:
     ]
 
 
+def compressed(mean: float, guarantee: bool = True, released: int = 1000, **settings: Any) -> Record:
+    """Training on MNIST with accuracies over time."""
+    private = settings.pop("method", "auto")
+    steps = (50, 100, 150, 200, 250)
+    run = [
+        {
+            "step": step,
+            "epochs": step / 234,
+            "epsilon": 0.1 * step**0.5 if guarantee else None,
+            "accuracy": mean * (1 - 2 ** (-step / 40)),
+        }
+        for step in steps
+    ]
+    found = {
+        "accuracies": [mean],
+        "epsilons": [1.58] if guarantee else [None],
+        "guarantee": guarantee,
+        "bytes_per_step": {"sum_bytes": 104_040, "release_bytes": released, "dense_bytes": 104_040},
+        "curves": [run],
+        "raw_seconds": [60.0],
+        "mean": mean,
+        "interval95": None,
+    }
+    return record(
+        found, measure="accuracy", model="lenet", method=private, settings=[list(s) for s in settings.items()]
+    )
+
+
+def _compressions() -> list[Record]:
+    public = {"compress": "public-topk", "public_examples": 600}
+    return [
+        compressed(0.9, released=104_040),
+        compressed(0.7, compress="topk"),
+        compressed(0.95, guarantee=False, compress="topk", method="non-private"),
+        compressed(0.8, **public),
+        compressed(0.85, **public, compress_before_clipping=True),
+        compressed(0.86, guarantee=False, compress="leaky-topk-no-guarantee"),
+    ]
+
+
+def _momenta() -> list[Record]:
+    made = [compressed(0.97, guarantee=False, optimizer="sgd", method="non-private")]
+    for optimizer, mean in zip(
+        ("sgd", "accumulated-momentum", "running-momentum", "momentum"), (8, 85, 83, 9)
+    ):
+        for settings in ({}, {"compress": "topk"}):
+            share = float(f"0.{mean}") - 0.2 * bool(settings)
+            made.append(compressed(share, optimizer=optimizer, **settings))
+    return made
+
+
 def failures() -> list[Record]:
     """One of each kind."""
     return [
@@ -418,6 +469,8 @@ def plausible() -> dict[str, list[Record]]:
             fits(60, model="vgg11", method="per-example"),
             fits(500, model="vgg11", method="mixed-ghost"),
         ],
+        "naive-momentum": _momenta(),
+        "public-compress": _compressions(),
         "simulation": [],
         "optimizers": compared(),
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
 import tempfile
 from pathlib import Path
@@ -12,6 +14,7 @@ from scipy import stats
 from dptrain.bench.case import Case
 from dptrain.bench.contestant import Unsupported
 from dptrain.bench.engines import OURS, check_device
+from dptrain.data import DataError
 from dptrain.models import ModelError
 from dptrain.training import TrainConfig, train
 from dptrain.training.train import Outcome
@@ -29,14 +32,20 @@ def accuracy(case: Case) -> dict[str, Any]:
     check_device(case)
     if case.devices > 1:
         raise Unsupported("several devices are not supported yet.")
-    accuracies, epsilons, seconds = [], [], []
+    accuracies, epsilons, seconds, curves = [], [], [], []
+    guarantee, wire = True, {}
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(case.seeds):
             outcome = _trained(case, config(case, seed, Path(folder) / str(seed)))
             accuracies.append(outcome.score.accuracy)
-            epsilons.append(outcome.epsilon if outcome.run.is_private else None)
+            epsilons.append(outcome.epsilon if math.isfinite(outcome.epsilon) else None)
             seconds.append(outcome.training_s)
+            curves.append(curve(outcome))
+            guarantee, wire = outcome.run.has_guarantee, outcome.wire.to_dict()
     return {
+        "guarantee": guarantee,
+        "bytes_per_step": wire,
+        "curves": curves,
         "accuracies": accuracies,
         "epsilons": epsilons,
         "raw_seconds": seconds,
@@ -45,9 +54,26 @@ def accuracy(case: Case) -> dict[str, Any]:
     }
 
 
+def curve(outcome: Outcome) -> list[dict[str, float | None]]:
+    """What was seen at each evaluation: steps, expected epochs, epsilon (None: infinite), accuracy."""
+    mechanism = outcome.run.mechanism
+    epochs = list(itertools.accumulate(spec.sample_rate for spec, n in mechanism.segments for _ in range(n)))
+    return [
+        {
+            "step": event["step"],
+            "epochs": epochs[event["step"] - 1],
+            "epsilon": event["epsilon"],
+            "accuracy": event["accuracy"],
+        }
+        for event in outcome.folder.evaluations()
+    ]
+
+
 def _trained(case: Case, config: TrainConfig) -> Outcome:
     try:
         return train(config)
+    except DataError as error:  # what a machine lacks
+        raise Unsupported(str(error)) from error
     except ModelError as error:
         if case.engine == "jax":  # which has fewer models
             raise Unsupported(str(error)) from error
@@ -56,7 +82,8 @@ def _trained(case: Case, config: TrainConfig) -> Outcome:
 
 def config(case: Case, seed: int, out: Path) -> TrainConfig:
     """The run of one seed."""
-    return TrainConfig.from_dict(own_settings(case, seed, out) | dict(case.settings))
+    usual = {"evaluations": 1}
+    return TrainConfig.from_dict(usual | own_settings(case, seed, out) | dict(case.settings))
 
 
 def own_settings(case: Case, seed: int, out: Path) -> dict[str, Any]:
@@ -69,7 +96,6 @@ def own_settings(case: Case, seed: int, out: Path) -> dict[str, Any]:
         "precision": case.precision,
         "compile": case.compile,
         "device": case.device,
-        "evaluations": 1,
         "seed": seed,
         "out": str(out),
     }

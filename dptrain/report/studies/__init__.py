@@ -10,6 +10,7 @@ from dptrain.report.reading import Study
 from dptrain.report.shown import Shown
 from dptrain.report.studies import (
     accuracy,
+    compression,
     cost,
     memory,
     optimizers,
@@ -46,6 +47,8 @@ STUDIES: dict[str, Callable[[Study], Shown]] = {
     "dp-timing": sections.dp_timing,
     "dp-runtime-profile": sections.dp_runtime_profile,
     "dp-memory": memory.dp_memory,
+    "naive-momentum": compression.naive_momentum,
+    "public-compress": compression.public_compress,
     "simulation": scaling.simulation,
     "optimizers": optimizers.optimizers,
 }
