@@ -157,14 +157,11 @@ class GroupWise:
                 f"thresholds, but it is {checks.shown(patterns)}."
             )
         for pattern in patterns:
+            if not isinstance(pattern, str):
+                raise TypeError(f"each of patterns must be a text, and one is {checks.shown(pattern)}.")
             try:
                 re.compile(pattern)
-            except (
-                TypeError,
-                ValueError,
-                RecursionError,
-                OverflowError,
-            ) as error:  # re.error is a ValueError
+            except (re.error, RecursionError, OverflowError) as error:
                 raise ValueError(
                     f"patterns holds {checks.shown(pattern)}, which is no regular expression ({error})."
                 ) from error
@@ -250,15 +247,13 @@ class Quantile:
         Raises:
             ValueError: the count alone costs more than z allows: 2 σ_b is at most z.
         """
-        if noise_multiplier == 0:
-            return 0.0
-        left = noise_multiplier**-2 - (2 * self.count_noise) ** -2
-        if left <= 0:
+        share = noise_multiplier / (2 * self.count_noise)  # (z / 2 σ_b)² of the privacy loss is the count's
+        if share >= 1:
             raise ValueError(
                 f"count_noise is {self.count_noise:g} examples, but a noise multiplier of "
                 f"{noise_multiplier:g} takes more than {noise_multiplier / 2:g}; raise it."
             )
-        return float(left**-0.5)
+        return noise_multiplier / math.sqrt(1 - share * share)
 
 
 ClipRule = Flat | Automatic | PerLayer | GroupWise | Quantile

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dptrain.core import clip_rules
-from dptrain.core.clip_rules import Automatic, Flat, GroupWise, PerLayer
+from dptrain.core.clip_rules import Automatic, Flat, GroupWise, PerLayer, Quantile
 
 
 def clip(rule, blocks):
@@ -51,6 +51,9 @@ def test_round_trip(rule):
         lambda: PerLayer(()),
         lambda: PerLayer((1.0, -1.0)),
         lambda: GroupWise(1.0, ("",)),
+        lambda: GroupWise((1.0,), ("?",)),
+        lambda: GroupWise((1.0, 1.0), ("a",)),
+        lambda: Quantile(1.0, 1e-300).noise_on_gradients(1.0),
         lambda: clip_rules.from_dict({"rule": "none"}),
         lambda: clip_rules.from_dict({"rule": "flat", "clip_norm": 1.0, "more": 2}),
     ],

@@ -29,7 +29,7 @@ def epsilon(*events: dp_accounting.DpEvent) -> float:
 def test_the_sum_and_the_count_together_cost_what_the_step_states(sigma):
     """Without sampling, by the accountant: a sum of sensitivity C with z_g C, a count of 1/2 with its own."""
     alone = step(sigma).at(2.0).noise_multiplier
-    assert alone > sigma
+    assert alone > sigma and step(1e-300).at(2.0).noise_multiplier == 1e-300
     both = epsilon(
         dp_accounting.GaussianDpEvent(alone), dp_accounting.GaussianDpEvent(RULE.count_noise / 0.5)
     )

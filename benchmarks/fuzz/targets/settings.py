@@ -12,7 +12,8 @@ from benchmarks.fuzz import surroundings, trees
 from benchmarks.fuzz.target import Target, Wrong
 from benchmarks.fuzz.targets.files import Given, of_json
 from dptrain.core.accounting import ADD_OR_REMOVE_ONE
-from dptrain.core.clip_rules import PerLayer
+from dptrain.core.clip_rules import Flat, GroupWise, PerLayer, Quantile
+from dptrain.core.correlated import square_root
 from dptrain.core.mechanism import Mechanism
 from dptrain.core.remembered import Remembered
 from dptrain.core.spec import Sampling, StepSpec, flat_step
@@ -27,10 +28,17 @@ CONFIGS = (
 )
 STEP = flat_step(noise_multiplier=1.0, clip_norm=1.0, sample_rate=0.25, expected_batch_size=8)
 FIXED = StepSpec(PerLayer((0.5, 0.5)), 2.0, Sampling("fixed-size", 0.5, 64), 32)
-STEPS = tuple(step.to_dict() for step in (STEP, FIXED))
+GROUPED = StepSpec(GroupWise((0.5, 0.5), ("head", "")), 2.0, Sampling("poisson", 0.5), 32)
+FOLLOWED = StepSpec(Quantile(1.0, 5.0), 2.0, Sampling("poisson", 0.5), 32)
+CORRELATED = StepSpec(
+    Flat(1.0), 2.0, Sampling("cyclic-poisson", 0.1, cycle=4), 32, correlation=square_root(4)
+)
+STEPS = tuple(step.to_dict() for step in (STEP, FIXED, GROUPED, FOLLOWED, CORRELATED))
 MECHANISMS = (
     Mechanism(((STEP, 10),), ADD_OR_REMOVE_ONE, 1e-5).to_dict(),
     Mechanism(((FIXED, 3), (FIXED, 5)), "replace-one").to_dict(),
+    Mechanism(((GROUPED, 3), (FOLLOWED, 5)), ADD_OR_REMOVE_ONE, 1e-5).to_dict(),
+    Mechanism(((CORRELATED, 9),), ADD_OR_REMOVE_ONE, 1e-5).to_dict(),
 )
 
 
