@@ -23,7 +23,7 @@ from dptrain.core.entropy import Key
 from dptrain.core.ledger import Ledger
 from dptrain.core.methods import NAMES
 from dptrain.core.sampling import physical_batch_count, physical_batches, share
-from tests.distributed.scenes import DTYPES, losses, mechanism
+from tests.distributed.scenes import DTYPES, GROUPS, losses, mechanism
 
 EXAMPLES, PHYSICAL, CLIP_NORM, BLOCKS = 12, 3, 0.3, 2
 #: logical batches: unequal shares, ranks without examples, nobody with any
@@ -105,9 +105,16 @@ def sharded(model: nn.Module, mesh: Any) -> nn.Module:
 class Case:
     method: str
     dtype: str = "float64"
+    grouped: bool = False
 
 
-QUICK = [*map(Case, NAMES), Case("auto", "float32"), Case("ghost", "float32")]
+QUICK = [
+    *map(Case, NAMES),
+    Case("auto", grouped=True),
+    Case("ghost", grouped=True),
+    Case("auto", "float32"),
+    Case("ghost", "float32"),
+]
 ALL = [Case(method, dtype) for method in NAMES for dtype in DTYPES]
 
 
@@ -116,7 +123,8 @@ def steps(case: Case, rank: int = 0, ranks: int = 1, mesh: Any = None) -> Iterat
     model, data = build(DTYPES[case.dtype])
     if mesh is not None:
         model = sharded(model, mesh)
-    clipped = dpt.clipped_grad(model, losses, clip_norm=CLIP_NORM, method=case.method, ranks=dpt.Ranks())
+    rule = GROUPS if case.grouped else CLIP_NORM
+    clipped = dpt.clipped_grad(model, losses, clip_norm=rule, method=case.method, ranks=dpt.Ranks())
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     for number, sample in enumerate(SAMPLES):
         total = logical(clipped, data, sample, rank, ranks)

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import dptrain.torch as dpt
+from dptrain.core.clip_rules import GroupWise
 from dptrain.core.entropy import Key
 from dptrain.core.ledger import Ledger
 from dptrain.core.mechanism import Mechanism
@@ -67,13 +68,17 @@ class Case:
     method: str
     dtype: str
     hardened: bool = False
+    #: clipped in two groups, which run through layers
+    grouped: bool = False
 
 
 CASES = [
     *(Case(name, "float64") for name in NAMES),
     *(Case(name, "float32") for name in ("auto", "ghost")),
+    Case("bk-ghost", "float64", grouped=True),
     Case("per-example", "float32", hardened=True),
 ]
+GROUPS = GroupWise((0.18, 0.24), ("weight", ""))  # of sensitivity 0.3
 #: four processes share few cores
 FEWER = [*CASES[1::2], CASES[-1]]
 
@@ -94,7 +99,8 @@ def steps(case: Case, ranks: dpt.Ranks) -> Iterator[tuple[str, torch.Tensor]]:
     """Of each sample: the mean without noise and the noisy mean, by what they are of."""
     model, data = build(DTYPES[case.dtype])
     laws = [mechanism(1.0, hardened=True)] if case.hardened else [mechanism(0.0), mechanism(1.0)]
-    options = {"clip_norm": 0.3, "method": case.method, "grid": laws[0].grid}
+    rule = GROUPS if case.grouped else 0.3
+    options = {"clip_norm": rule, "method": case.method, "grid": laws[0].grid}
     clipped = dpt.clipped_grad(model, losses, **options, ranks=ranks)
     for number, sample in enumerate(SAMPLES):
         for law in laws:
