@@ -296,6 +296,7 @@ def make_private(
         )
     if denoiser is not None:
         denoiser.check(model)
+    _check_noise_is_known(mechanism, optimizer)
     check_dataset_size(mechanism, len(loader.dataset))
     ranks = all_ranks() if ranks is None else ranks
     if mechanism.is_correlated and (not ranks.alone or (taken and key is None)):
@@ -334,6 +335,17 @@ def make_private(
         follow,
         denoiser,
     )
+
+
+def _check_noise_is_known(mechanism: Mechanism, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer that must know the noise of each gradient, where that is not known."""
+    if mechanism.step(0).correlation is not None and any(
+        "noise_variance" in g for g in optimizer.param_groups
+    ):
+        raise ValueError(
+            "the optimizer must know the variance of each gradient's noise, and that of correlated noise "
+            "changes with the steps: take one that need not, such as torch.optim.Adam."
+        )
 
 
 def _follow(
