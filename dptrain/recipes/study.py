@@ -49,7 +49,7 @@ PAPER_S: dict[str, float] = {
 #: examples per second of private training of ViT-Base on an A100, roughly; the paper has 50,000 per epoch
 PAPER_TRAINING_RATE, PAPER_EXAMPLES = 60.0, 50_000
 #: of networks that are nothing to a GPU, where the steps themselves take the time
-PAPER_RATES = {"lenet5": 10_000.0, "sample-convnet": 10_000.0}
+PAPER_RATES = {"lenet5": 10_000.0, "mlp": 10_000.0, "sample-convnet": 10_000.0}
 
 
 @dataclass(frozen=True)

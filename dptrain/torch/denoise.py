@@ -13,7 +13,9 @@ from dptrain.core import checks
 from dptrain.core.denoising import filtered_variance, gain
 
 from .guards import trainable
+from .ranks import Ranks
 from .release import PrivateGradient
+from .shards import is_sharded
 
 Tensors = dict[str, Tensor]
 
@@ -55,9 +57,10 @@ class Denoiser:
         here = {name: p.detach().clone() for name, p in self._parameters().items()}
         self._here = here
         try:
-            with torch.no_grad():
-                for name, p in self._parameters().items():
-                    p.copy_(self.previous[name].lerp(p, 1 / self.kappa))  # 1 + gamma = 1 / kappa
+            if self.taken:
+                with torch.no_grad():
+                    for name, p in self._parameters().items():
+                        p.copy_(self.previous[name].lerp(p, 1 / self.kappa))  # 1 + gamma = 1 / kappa
             yield
         finally:
             self.put_back()
@@ -121,6 +124,25 @@ class Denoiser:
             for name, tensor in tensors.items():
                 tensor.copy_(state[kind][name])
         self.taken, self.noise_variance = taken, variance
+
+    def check(self, model: nn.Module) -> None:
+        """Whether it can filter the gradients of `model`.
+
+        Raises:
+            ValueError: it was made for another model, or the model's parameters are sharded.
+        """
+        if self.model is not model or self.previous.keys() != self._parameters().keys():
+            raise ValueError(
+                "the Denoiser is of another model, or of other parameters than are trained now: make it "
+                "after freezing and moving the model."
+            )
+        if any(map(is_sharded, self._parameters().values())):
+            raise ValueError("a Denoiser is not for models that are sharded by fully_shard: leave it out.")
+
+    def share(self, ranks: Ranks) -> None:
+        """Rank 0's state on all ranks. Called by all."""
+        ranks.share((*self.previous.values(), *self.estimate.values()))
+        self.taken, self.noise_variance = ranks.tell([self.taken, self.noise_variance])
 
     def _parameters(self) -> Tensors:
         return trainable(self.model)

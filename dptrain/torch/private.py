@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from dptrain.core.shared_releases import SharedReleases
 
 from .clipping import LossFn, clipped_grad
 from .correlated import CorrelatedNoise
+from .denoise import Denoiser
 from .fsdp import fsdp_modules, reshard
 from .guards import check_callables, trainable
 from .physical_batch import choose
@@ -50,11 +52,13 @@ class PrivateTraining:
         taken,
         ranks,
         follow,
+        denoiser,
     ):
         self.model, self.optimizer, self.mechanism = model, optimizer, mechanism
         self.dataset, self._is_sharded = loader.dataset, bool(fsdp_modules(model))
         self._loader, self._releases, self._ranks = loader, releases, ranks
         self._follow: FollowedClipNorm | None = follow
+        self.denoiser: Denoiser | None = denoiser
         options = {"clip_norm": mechanism.step(0).clip_rule, "method": method, "grid": mechanism.step(0).grid}
         self._clipped = clipped_grad(model, loss_fn, **options, compile=compile, ranks=ranks)
         #: sizes are tried uncompiled, for to compile each of them would take minutes; and by each rank alone
@@ -107,18 +111,21 @@ class PrivateTraining:
             spec, follow = self.mechanism.step(taken), self._follow
             self._clipped.rule = Flat(follow.clip_norm) if follow else spec.clip_rule
             clipped, centred = None, 0.0
-            for batch, mask, last in batches:
-                clipped = self._clipped(batch, mask, clipped, last=last)
-                if follow:
-                    centred += follow.centred(clipped.norms[-len(mask) :][mask].cpu().numpy())
-                if last:
-                    break
+            with nullcontext() if self.denoiser is None else self.denoiser.ahead():
+                for batch, mask, last in batches:
+                    clipped = self._clipped(batch, mask, clipped, last=last)
+                    if follow:
+                        centred += follow.centred(clipped.norms[-len(mask) :][mask].cpu().numpy())
+                    if last:
+                        break
             noise, released = key.child("noise", taken), follow.step(spec) if follow else spec
             gradient = privatize(clipped, released, noise, donate=True, noise=correlated)
             self._releases.before(taken, spec, self._numbers(gradient))
             if follow:
                 follow.follow(centred, spec, noise)
             self._taken = taken = taken + 1
+            if self.denoiser is not None:
+                gradient = self.denoiser.filtered(gradient)
             apply(self.optimizer, self.model, gradient)
             known = self.mechanism.delta is not None
             spent = self.mechanism.epsilon_so_far(self._releases.count) if known else None
@@ -202,6 +209,7 @@ def make_private(
     taken: int = 0,
     clip_norm: float | None = None,
     ranks: Ranks | None = None,
+    denoiser: Denoiser | None = None,
 ) -> PrivateTraining:
     """Train an existing model with an existing optimizer under differential privacy.
 
@@ -232,6 +240,7 @@ def make_private(
             when the rest was saved.
         ranks: that train together; by default all of torch.distributed's default group, where that is
             initialised.
+        denoiser: of this model, by which private gradients are filtered; save its state with the model's.
 
     Raises:
         TypeError, ValueError: in one sentence, before any budget is spent.
@@ -285,6 +294,9 @@ def make_private(
             f"{stale[0]} holds a gradient from before, which would be used without protection: call "
             "optimizer.zero_grad(set_to_none=True) first."
         )
+    if denoiser is not None:
+        denoiser.check(model)
+    _check_noise_is_known(mechanism, optimizer)
     check_dataset_size(mechanism, len(loader.dataset))
     ranks = all_ranks() if ranks is None else ranks
     if mechanism.is_correlated and (not ranks.alone or (taken and key is None)):
@@ -306,6 +318,8 @@ def make_private(
         taken = ranks.tell(taken)
         releases = SharedReleases(lambda: releases_of(mechanism, ledger, key, taken), ranks)
         ranks.share(t for t in (*model.parameters(), *model.buffers()) if not is_sharded(t))
+        if denoiser is not None:
+            denoiser.share(ranks)
     return PrivateTraining(
         model,
         optimizer,
@@ -319,7 +333,19 @@ def make_private(
         taken,
         ranks,
         follow,
+        denoiser,
     )
+
+
+def _check_noise_is_known(mechanism: Mechanism, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer that must know the noise of each gradient, where that is not known."""
+    if mechanism.step(0).correlation is not None and any(
+        "noise_variance" in g for g in optimizer.param_groups
+    ):
+        raise ValueError(
+            "the optimizer must know the variance of each gradient's noise, and that of correlated noise "
+            "changes with the steps: take one that need not, such as torch.optim.Adam."
+        )
 
 
 def _follow(

@@ -434,6 +434,8 @@ def _check_correlated(config: TrainConfig) -> None:
         "--hardened": config.hardened,
         "--clip-rule quantile": config.clip_rule == "quantile",
         "--max-logical-batch-size": config.max_logical_batch_size is not None,
+        "--denoise": config.denoise > 0,
+        f"--optimizer {config.optimizer}": config.optimizer in ("adam-bc", "adamw-bc"),
         "the ramps": {config.noise_ramp, config.clip_ramp, config.batch_ramp} != {1.0},
     }
     for other, given in others.items():

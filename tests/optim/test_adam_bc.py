@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from dptrain import torch as dpt
+from dptrain.core.correlated import correlated
 from dptrain.core.entropy import Key
 from dptrain.core.spec import flat_step
 from dptrain.optim import build_optimizer
@@ -98,6 +100,23 @@ def test_a_gradient_of_unknown_noise_is_refused(name):
     noise.model.weight.grad = torch.zeros_like(before)  # by hand, what the last gradient had is forgotten
     with pytest.raises(ValueError, match=REFUSED):
         noise.optimizer.step()
+
+
+def test_noise_that_changes_with_the_steps_is_refused_before_any_is_released():
+    mechanism = correlated(
+        bands=2,
+        steps=4,
+        clip_norm=CLIP_NORM,
+        sample_rate=0.5,
+        expected_batch_size=4.0,
+        delta=1e-3,
+        noise_multiplier=1.0,
+    )
+    model = nn.Linear(2, 1)
+    data = TensorDataset(torch.zeros(8, 2))
+    optimizer = build_optimizer("adam-bc", model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="take one that need not"):
+        dpt.make_private(model, optimizer, data, lambda m, x: m(x[0])[:, 0], mechanism)
 
 
 def test_jax_is_told_and_refuses_alike():

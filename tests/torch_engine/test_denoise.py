@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from dptrain import torch as dpt
 from dptrain.core.entropy import Key
+from dptrain.core.mechanism import Mechanism
 from dptrain.core.spec import flat_step
 
 KAPPA, CLIP_NORM, LR = 0.4, 0.5, 0.3
@@ -171,6 +173,33 @@ def test_a_gradient_that_was_taken_elsewhere_is_refused(net, batch):
         training.denoiser.filtered(gradient)
     with pytest.raises(TypeError, match="given ClippedSum"):
         training.denoiser.filtered(training.clipped(batch))
+
+
+def test_make_private_takes_it(net, batch):
+    """It filters every step; a filter of another model is refused."""
+    start, found = weights(net), []
+    for kappa in (None, 1.0, KAPPA):
+        net.load_state_dict(start)
+        training = dpt.make_private(
+            net,
+            torch.optim.SGD(net.parameters(), lr=LR),
+            TensorDataset(batch[0].repeat(2, 1), batch[1].repeat(2)),
+            losses,
+            Mechanism(((MECHANISM, 4),)),
+            physical_batch_size=4,
+            method="per-example",
+            key=Key.from_seed(7),
+            denoiser=None if kappa is None else dpt.Denoiser(net, kappa),
+        )
+        for _ in training.steps():
+            pass
+        found.append(torch.cat([p.flatten() for p in weights(net).values()]))
+    plain, unfiltered, filtered = found
+    torch.testing.assert_close(unfiltered, plain, rtol=1e-5, atol=1e-6)
+    assert float((filtered - plain).abs().max()) > 1e-3
+    assert training.denoiser.taken == 4
+    with pytest.raises(ValueError, match="the Denoiser is of another model"):
+        dpt.Denoiser(nn.Linear(2, 2), KAPPA).check(net)
 
 
 @pytest.mark.parametrize("kappa", [0.0, -0.1, 1.1, float("nan")])
