@@ -96,8 +96,11 @@ def vectorised(model, loss_fn, parameters, batch, mask, batch_size, rule: ClipRu
         return _clipped(parameters, grads, losses, mask, batch_size, rule, grid)
 
 
-def per_example(model, loss_fn, parameters, batch) -> tuple[dict[str, Tensor], Tensor]:
-    """``vmap(grad)`` of the loss of one example: gradients by name ``[B, *parameter]``, losses ``[B]``."""
+def per_example(model, loss_fn, parameters, batch, why=NO_VMAP) -> tuple[dict[str, Tensor], Tensor]:
+    """``vmap(grad)`` of the loss of one example: gradients by name ``[B, *parameter]``, losses ``[B]``.
+
+    why: says so where that cannot be done.
+    """
     wrapper = WithLoss(model, loss_fn)
     frozen = {f"model.{n}": p.detach() for n, p in model.named_parameters() if not p.requires_grad}
     buffers = {f"model.{n}": b for n, b in model.named_buffers()}
@@ -110,7 +113,7 @@ def per_example(model, loss_fn, parameters, batch) -> tuple[dict[str, Tensor], T
         return out.squeeze(0), out.squeeze(0)
 
     transform = torch.func.vmap(torch.func.grad(one, has_aux=True), in_dims=(None, 0), randomness="different")
-    with refusing(NO_VMAP), torch.no_grad():  # for a batch that asks for gradients of its own
+    with refusing(why), torch.no_grad():  # for a batch that asks for gradients of its own
         grads, losses = transform(mine, batch)
     return {name.removeprefix("model."): g for name, g in grads.items()}, losses
 

@@ -13,6 +13,11 @@ from .baselines import per_example
 from .guards import trainable
 from .subspace import LossFn
 
+NO_VMAP = (
+    "torch.func.vmap, which takes the gradients of single public examples, cannot transform this model ({}): "
+    "use a mask of their mean gradient (public-topk)."
+)
+
 
 def mean_gradient(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any]) -> dict[str, Tensor]:
     """The ordinary gradient of the mean loss over all batches, by name of the trainable parameters.
@@ -48,7 +53,9 @@ def single_gradients(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any]) 
         ValueError: there is no batch.
     """
     parameters = trainable(model)
-    parts = [per_example(model, loss_fn, parameters, batch)[0] for batch in batches if tree_leaves(batch)]
+    parts = [
+        per_example(model, loss_fn, parameters, batch, NO_VMAP)[0] for batch in batches if tree_leaves(batch)
+    ]
     if not parts:
         raise ValueError("there are no public examples to take gradients of.")
     return {name: torch.cat([part[name] for part in parts]).detach() for name in parameters}

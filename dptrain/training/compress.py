@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -55,6 +56,15 @@ class Compressor:
     def decides_before(self) -> bool:
         """Whether it is known before a step what that keeps."""
         return self.name in KNOWN_BEFORE
+
+    def try_out(self) -> None:
+        """Meet what cannot be done with the public examples before a run begins.
+
+        Raises Refused for a model that gives no gradients of single examples.
+        """
+        if self.name == PUBLIC_SUBSPACE:
+            with torch.random.fork_rng():
+                single_gradients(self.run.learner, self._plain, itertools.islice(self._public(), 1))
 
     def before(self, key: Key) -> None:
         """Decide what this step keeps, where that is public. Called by all ranks, with the weights of the

@@ -140,6 +140,7 @@ class TorchLearner:
         first = run.mechanism.step(0)
         options = {"clip_norm": first.clip_rule, "method": run.method, "grid": first.grid}
         options |= {"ranks": ALONE}  # until they join
+        self.compressor.try_out()
         clipped = dpt.clipped_grad(run.learner, self.compressor.loss, **options)
         size, trials = config.physical_batch_size, []
         if size == "auto":  # measured uncompiled: to compile each size would take minutes

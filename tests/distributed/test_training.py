@@ -71,6 +71,23 @@ def test_two_ranks_filter_gradients_as_one_does(folder):
         torch.testing.assert_close(got[name], value, rtol=0, atol=1e-3 * float(value.abs().max()))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "compression",
+    [
+        "--compress random-k --keep 0.2 --compress-before-clipping",
+        "--compress public-subspace --public-examples 100 --error-feedback",
+    ],
+)
+def test_two_ranks_compress_as_one_does(compression, tmp_path):
+    """Public choices are the same on both; what is remembered too."""
+    succeed(dptrain(2, *RUN, *compression.split(), "--out", str(tmp_path / "two")))
+    train(replace(RunFolder(tmp_path / "two").config, out=tmp_path / "one"))
+    want, got = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=0, atol=1e-4 * float(value.abs().max()))
+
+
 @pytest.mark.parametrize(
     ("victim", "shared"), [(1, SHARED), *(pytest.param(v, [], marks=pytest.mark.slow) for v in (0, 1))]
 )

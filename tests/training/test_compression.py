@@ -147,6 +147,8 @@ def test_what_leaks_still_gets_the_noise_that_it_is_to_show(quick):
         ),
         ({"compress": "topk", "optimizer": "adam-bc"}, "noise of all coordinates"),
         ({"compress": LEAKY, "clip_rule": "quantile"}, "follow a quantile"),
+        ({"compress": "random-k", "compress_before_clipping": True, "denoise": 0.5}, "leave one of them out"),
+        ({"compress": LEAKY, "noise_bands": 4}, "no noise to correlate"),
         ({"compress": "topk", "engine": "jax"}, "for --engine torch"),
         ({"compress": "topk", "keep": 2.0}, "at most 1"),
         ({"compress": "topk", "keep": 0.0}, "positive"),

@@ -80,8 +80,7 @@ VARIANTS = [
     {"clip_rule": "quantile", "noise_ramp": 0.5, "augmentations": 2, "accountant": "rdp"},
     {"noise_bands": 4},
     {"optimizer": "adam-bc", "lr": 1e-2, "denoise": 0.5, "weight_average": 0.9},
-    {"compress": "topk", "keep": 0.1, "error_feedback": True},
-    {"compress": "public-subspace", "public_examples": 50, "compress_before_clipping": True},
+    {"compress": "public-topk", "keep": 0.1, "public_examples": 50, "error_feedback": True},
     {"optimizer": "accumulated-momentum"},
     {"engine": "jax", "model": "mlp", "optimizer": "adam-bc", "denoise": 0.5, "lr": 1e-2},
 ]
