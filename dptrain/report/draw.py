@@ -177,7 +177,7 @@ def _log_ticks(ax: Axes, values: list[float]) -> None:
     ax.set_xscale("log", base=2)
     known = sorted(set(values))
     few = [v for i, v in enumerate(known) if v == int(v) and (i == 0 or v / known[i - 1] >= 1.35)]
-    if len(known) <= 12:
+    if len(known) <= 12 and few:
         ax.xaxis.set_major_locator(FixedLocator(few))
     else:
         ax.set_xscale("log")

@@ -237,6 +237,7 @@ def _compressions() -> list[Record]:
         compressed(0.95, guarantee=False, compress="topk", method="non-private"),
         compressed(0.8, **public),
         compressed(0.85, **public, compress_before_clipping=True),
+        compressed(0.87, **public, compress_before_clipping=True, clip_norm=0.25),
         compressed(0.86, guarantee=False, compress="leaky-topk-no-guarantee"),
     ]
 

@@ -16,13 +16,17 @@ from dptrain.report.studies.common import common_note, finding, percent, table
 
 MB = 1e6
 
-#: by (how it is compressed, before clipping, whether it is private): name and look of a variant
+#: by (how it is compressed and clipped, before clipping, whether it is private): name and look of a variant
 _COMPRESSED: dict[tuple[str, bool, bool], tuple[str, Look]] = {
     ("none", False, True): ("gauss_sgd", Look("auto")),
     ("topk", False, True): ("gauss_sgd_topk", Look("per-example", marker="triangle")),
     ("topk", False, False): ("vanilla_topk", Look("non-private", "dash", "square")),
     ("public-topk", False, True): ("public_aid_topk (mask after noise)", Look("ghost", marker="diamond")),
     ("public-topk", True, True): ("public mask before clipping", Look("bk-ghost", marker="pentagon")),
+    ("public-topk, shorter", True, True): (
+        "public mask before clipping, C / 4",
+        Look("bk-mix-opt", marker="pentagon"),
+    ),
     ("leaky-topk-no-guarantee", False, True): ("leaky (NO guarantee)", Look("fast-gradient", "dot", "cross")),
 }
 _MOMENTA: dict[str, tuple[str, str]] = {
@@ -146,8 +150,9 @@ def _sent(record: Record) -> float | None:
 
 def _how(record: Record) -> tuple[str, bool, bool]:
     said = record.setting
+    shorter = ", shorter" if (q.number(said.get("clip_norm")) or 1.0) < 1.0 else ""
     return (
-        str(said.get("compress", "none")),
+        str(said.get("compress", "none")) + shorter,
         bool(said.get("compress_before_clipping", False)),
         record.is_private,
     )
@@ -204,8 +209,8 @@ def _public_helps(study: Study) -> Finding:
 
 
 def _before_is_better(study: Study) -> Finding:
-    claim = "The public mask is worth more before clipping than after the noise."
-    return _compare(study, claim, ("public-topk", True, True), ("public-topk", False, True))
+    claim = "The public mask is worth more before clipping, to what is kept, than after the noise."
+    return _compare(study, claim, ("public-topk, shorter", True, True), ("public-topk", False, True))
 
 
 def _leak_looks_better(study: Study) -> Finding:
