@@ -242,3 +242,14 @@ def test_what_is_no_projection_is_refused(setting):
     with pytest.raises(ValueError, match="no public examples"):
         mean_gradient(model, loss_fn, [])
     assert first_axes({"w": torch.zeros(2, 2)}, 3)["w"].size == 3
+
+
+def test_a_model_that_gives_no_gradients_of_single_examples_is_refused(setting):
+    model, _, public = setting
+
+    def branching(model, batch):
+        losses = loss_fn(model, batch)
+        return losses if float(losses.detach().sum()) > 0 else -losses
+
+    with pytest.raises(dpt.Refused, match="use a mask of their mean gradient"):
+        single_gradients(model, branching, [public])
