@@ -31,6 +31,11 @@ class Features:
         """All labels [N] int64."""
         return self._labels
 
+    @property
+    def rows(self) -> torch.Tensor:
+        """All features [N, *F]."""
+        return self._features
+
     def gather(self, indices: torch.Tensor) -> Batch:
         at = indices.to(self._labels.device)
         return self._features.index_select(0, at), self._labels.index_select(0, at)
@@ -69,7 +74,12 @@ def cache_features(
         labels.append(batch_labels)
         if on_progress is not None:
             on_progress(len(batch_labels))
-    return Features(f"{dataset.name} (features)", torch.cat(rows), torch.cat(labels), dataset.num_classes)
+    return named_features(dataset, torch.cat(rows), torch.cat(labels))
+
+
+def named_features(dataset: Dataset, rows: torch.Tensor, labels: torch.Tensor) -> Features:
+    """Features [N, *F] of the examples of `dataset`, in its order, under its name."""
+    return Features(f"{dataset.name} (features)", rows, labels, dataset.num_classes)
 
 
 def in_order(length: int, batch_size: int) -> Iterator[torch.Tensor]:

@@ -48,6 +48,11 @@ class ResidentImages:
         """All labels [N] int64."""
         return self._labels
 
+    @property
+    def stored(self) -> dict[str, torch.Tensor]:
+        """All that it holds: images [N, C, H, W] uint8 and labels [N]."""
+        return {"images": self._images, "labels": self._labels}
+
     def gather(self, indices: torch.Tensor) -> Batch:
         """One gather, then resize and normalise on the compute device."""
         at = indices.to(self._labels.device)

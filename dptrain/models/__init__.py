@@ -3,7 +3,7 @@
 from dptrain.models.build import build, build_with_report
 from dptrain.models.errors import ModelError
 from dptrain.models.forward import Inputs, logits
-from dptrain.models.head import head_name
+from dptrain.models.head import head_name, in_head
 from dptrain.models.lora import add_lora
 from dptrain.models.names import PAPER_MODELS, timm_name
 from dptrain.models.preferences import Preferences, preferences
@@ -26,6 +26,7 @@ __all__ = [
     "build",
     "build_with_report",
     "head_name",
+    "in_head",
     "load_weights",
     "logits",
     "preferences",

@@ -37,6 +37,20 @@ def linear(num_classes: int, input_shape: InputShape) -> nn.Sequential:
     )
 
 
+def norm_linear(num_classes: int, input_shape: InputShape) -> nn.Sequential:
+    """Logistic regression on channels [C, H, W] that are normalised in threes, within each example.
+
+    For scattering coefficients (Tramèr and Boneh 2021, who take 27 groups of the 81 channels): those of the
+    second order are far smaller than the others, and would hardly take part. Normalisation has no parameters
+    and reads one example, so it costs no privacy.
+    """
+    _require_images("norm-linear", input_shape)
+    channels = input_shape[0]
+    groups = channels // 3 if channels % 3 == 0 else channels
+    norm = nn.GroupNorm(groups, channels, affine=False)
+    return _with_head("norm-linear", norm, nn.Sequential(), num_classes, input_shape)
+
+
 def convnet(num_classes: int, input_shape: InputShape) -> nn.Sequential:
     """Blocks of convolution, group normalisation, GELU and pooling, and a linear head.
 
@@ -150,6 +164,7 @@ def vgg11(num_classes: int, input_shape: InputShape) -> nn.Sequential:
 
 SMALL: dict[str, Callable[[int, InputShape], nn.Module]] = {
     "linear": linear,
+    "norm-linear": norm_linear,
     "mlp": mlp,
     "convnet": convnet,
     "lenet": lenet,

@@ -36,6 +36,7 @@ PrecisionName = Literal["fp32", "tf32", "bf16"]
 NormalizationName = Literal["auto", "half", "imagenet", "none"]
 AccountantName = Literal["pld", "rdp"]
 EngineName = Literal["torch", "jax"]
+FeaturesName = Literal["none", "scattering"]
 RestartName = Literal["afresh", "replay"]
 ShardName = Literal["none", "optimizer"]
 ClipRuleName = Literal["flat", "automatic", "per-layer", "quantile"]
@@ -57,11 +58,12 @@ KNOWN_BEFORE = (*PUBLIC_GRADIENT, PUBLIC_SUBSPACE, RANDOM)
 """Ways to compress that no private example decides."""
 
 
-PATHS = ("data_dir", "weights", "out")
+PATHS = ("data_dir", "weights", "out", "keep_features")
 MACHINE_SETTINGS = frozenset(
     {
         "data_dir",
         "download",
+        "keep_features",
         "workers",
         "device",
         "devices",
@@ -102,6 +104,9 @@ class TrainConfig:
     """Pixels per side; by default what a timm model was made for, else as stored."""
     normalization: NormalizationName = "auto"
     """auto: what the model was made for, else half; half: to [-1, 1]; none: to [0, 1]."""
+    features: FeaturesName = "none"
+    """scattering: give the model fixed wavelet coefficients in place of the images, computed once; no data
+    shaped them, so they cost no privacy (docs/accuracy.md; needs dptrain[scattering])."""
     workers: int | None = None
     """Processes that decode an image folder ahead, or threads that read shards: ahead; by default one per
     core, up to 8."""
@@ -135,6 +140,9 @@ class TrainConfig:
     """Replace BatchNorm, which mixes examples, by GroupNorm; running statistics are lost."""
     cache_features: bool = False
     """With --trainable head: run the frozen backbone once per example, train on its features."""
+    keep_features: Path | None = None
+    """Keep the features of --features and --cache-features in this folder, for the next run of the same
+    images and backbone. They say as much of private images as these do: keep them in as safe a place."""
 
     # Privacy
     epsilon: float | None = 8.0

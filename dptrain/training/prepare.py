@@ -22,17 +22,20 @@ from dptrain.data import (
     Columns,
     DataError,
     Dataset,
+    FeatureStore,
     Preprocess,
     Splits,
     Tokenization,
-    cache_features,
+    digest_of_weights,
     load,
+    scattered,
     stratified,
 )
 from dptrain.models import (
     Preferences,
     Trainable,
     WeightReport,
+    in_head,
     preferences,
     select_trainable,
     split_head,
@@ -125,15 +128,17 @@ def prepare(config: TrainConfig, fixed: Tensors | None = None, key: Key | None =
     trainable = select_trainable(model, config.trainable)
     if fixed is not None:
         restore_fixed(model, fixed)
-    if config.augmentations and (config.cache_features or len(splits.train.input_shape) != 3):
+    made_features = config.cache_features or config.features != "none"
+    if config.augmentations and (made_features or len(splits.train.input_shape) != 3):
         raise ConfigError(
             "--augmentations makes views of images, which features and texts are not: leave it out."
         )
     learner = model
     if config.cache_features:
         backbone, learner = split_head(model)
-        train, test = (cache_features(part, backbone) for part in (splits.train, splits.test))
-        public = splits.public and cache_features(splits.public, backbone)
+        store, made_by = FeatureStore(config.keep_features), _backbone_identity(config.model, model)
+        parts = (splits.train, splits.test, splits.public)
+        train, test, public = (part and store.features(part, backbone, made_by) for part in parts)
         splits = replace(splits, train=train, test=test, public=public)
         if list(learner(splits.train.stand_in(1)[0]).shape) != [1, splits.num_classes]:
             raise ConfigError(
@@ -175,6 +180,8 @@ def load_splits(config: TrainConfig, wanted: Preferences, device: torch.device) 
         Columns(config.text_column, config.label_column),
         Tokenization(config.tokenizer or wanted.tokenizer, config.max_length, wanted.max_length),
     )
+    if config.features == "scattering":
+        splits = scattered(splits, FeatureStore(config.keep_features), device)
     if config.validation_fraction:
         rest, held_out = stratified(splits.train.labels, config.validation_fraction, VALIDATION_SEED)
         splits = Splits(splits.train.subset(rest), splits.train.subset(held_out), "validation")
@@ -290,6 +297,13 @@ def without_noise(mechanism: Mechanism) -> Mechanism:
     """The same steps without noise, hence without any guarantee."""
     segments = tuple((replace(spec, noise_multiplier=0.0), n) for spec, n in mechanism.segments)
     return Mechanism(segments, mechanism.neighbours, mechanism.delta)
+
+
+def _backbone_identity(name: str, model: nn.Module) -> str:
+    """What features before the head depend on besides their inputs."""
+    is_head = in_head(model)
+    frozen = {key: tensor for key, tensor in model.state_dict().items() if not is_head(key)}
+    return f"{name} {digest_of_weights(frozen)}"
 
 
 def _initialised(config: TrainConfig, splits: Splits, key: Key) -> Made:
