@@ -3,8 +3,9 @@
 python -m benchmarks.accuracy mnist-scattering --seeds 3 --out results/accuracy-mnist-scattering.json
 python -m benchmarks.accuracy vit-tiny-cifar100-head --epsilon 1 2 4 8 --non-private --weights FILE --out ...
 
-Each run is a run of the recipe with --seed, on the test set, which nothing was chosen by: what was, and on which
-split, docs/accuracy.md tells. A record is written after every run, and what it has already is not run again.
+Each run is one of the recipe with --seed, evaluated once, on the test set, by which nothing was chosen: what
+was, and on which split, is told in docs/accuracy.md. The record is written after every run, and what it has
+already is not run again.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ def mnist_convnet() -> TrainConfig:
 def mnist_scattering() -> TrainConfig:
     """Logistic regression on the scattering coefficients of MNIST at epsilon 2.93, delta 1e-5.
 
-    The pipeline of Tramèr and Boneh 2021, "Differentially private learning needs better features (or much more
-    data)", who report 98.7 % at that budget. Needs dptrain[scattering]. The settings were chosen on a
+    The pipeline of Tramèr and Boneh 2021, "Differentially private learning needs better features (or much
+    more data)", who report 98.7 % at that budget. Needs dptrain[scattering]. The settings were chosen on a
     validation split of the training set (docs/accuracy.md).
     """
     return TrainConfig(

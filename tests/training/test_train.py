@@ -130,6 +130,24 @@ def test_the_head_on_cached_features_trains_the_head_of_the_model(quick):
     assert rescore(outcome.folder.path)[2].accuracy == pytest.approx(outcome.score.accuracy)
 
 
+def test_features_that_were_kept_train_the_same_head(quick, tmp_path):
+    settings = {"model": "lenet", "image_size": 28, "trainable": "head", "cache_features": True}
+    plain = train(quick(**settings, out=tmp_path / "plain"))
+    for name in ("first", "second"):
+        kept = train(quick(**settings, keep_features=tmp_path / "kept", out=tmp_path / name))
+        assert kept.score == plain.score
+    other = train(quick(**settings, keep_features=tmp_path / "kept", seed=2, out=tmp_path / "other"))
+    assert len(list((tmp_path / "kept").iterdir())) == 4  # another backbone, and a train and a test part
+    assert other.score != plain.score
+
+
+def test_a_linear_model_on_scattering_features(quick, tmp_path):
+    pytest.importorskip("kymatio", reason="scattering features need kymatio")
+    outcome = train(quick(features="scattering", model="norm-linear", keep_features=tmp_path / "kept"))
+    assert outcome.run.train.input_shape == (81, 2, 2)
+    assert rescore(outcome.folder.path)[2] == outcome.score
+
+
 @pytest.mark.parametrize("changes", [{"precision": "bf16"}, {"optimizer": "adamw", "lr": 1e-3}])
 def test_variants_run(quick, changes):
     assert train(quick(lr_schedule="cosine", **changes)).steps == 4
