@@ -65,7 +65,11 @@ def _variants(asked: argparse.Namespace) -> list[TrainConfig]:
     )
     if asked.validation_fraction:
         base = replace(base, validation_fraction=asked.validation_fraction)
-    private = [replace(base, epsilon=epsilon) for epsilon in asked.epsilon or [base.epsilon]]
+    budgets = asked.epsilon or [base.epsilon]
+    rates = asked.lr or [base.lr] * len(budgets)
+    if len(rates) != len(budgets):
+        raise SystemExit("--lr takes one learning rate for each epsilon.")
+    private = [replace(base, epsilon=epsilon, lr=lr) for epsilon, lr in zip(budgets, rates)]
     return private + [replace(base, method="non-private")] * asked.non_private
 
 
@@ -130,6 +134,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("recipe")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each row, with the seeds 0, 1, ...")
     parser.add_argument("--epsilon", type=float, nargs="+", help="by default the recipe's")
+    parser.add_argument("--lr", type=float, nargs="+", help="one for each epsilon; by default the recipe's")
     parser.add_argument("--non-private", action="store_true", help="also without clipping and noise")
     parser.add_argument("--weights", type=Path, help="of a pre-trained model")
     parser.add_argument("--keep-features", type=Path, help="as of dptrain train")

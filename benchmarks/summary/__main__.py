@@ -9,7 +9,7 @@ import json
 import re
 from pathlib import Path
 
-from benchmarks.summary import figure, tables
+from benchmarks.summary import accuracy, figure, tables
 from dptrain import report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,9 +97,11 @@ def filled(text: str, name: str, rows: list[str]) -> str:
 def main() -> None:
     found = records()
     measured = ["| what | measured | record |", "| --- | --- | --- |"]
-    measured += zoo_row(found) + probe_rows(found) + accuracy_rows(found)
+    measured += zoo_row(found) + probe_rows(found) + accuracy.rows(found) + accuracy_rows(found)
     blocks = {
         "measured": measured,
+        "accuracy on mnist": accuracy.mnist(found),
+        "accuracy on cifar100": accuracy.cifar(found),
         "speed": tables.speed(found),
         "speed on a GPU": tables.speed(found, "cuda"),
         "findings": finding_rows(ROOT / "results" / "reproduced-small"),
@@ -115,7 +117,7 @@ def main() -> None:
     }
     for page in (
         ROOT / "README.md",
-        *(ROOT / "docs" / f"{page}.md" for page in ("performance", "jax", "reproduce")),
+        *(ROOT / "docs" / f"{page}.md" for page in ("accuracy", "performance", "jax", "reproduce")),
     ):
         text = page.read_text()
         for name, rows in blocks.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 from benchmarks.summary.tables import Record, Rows, table
@@ -14,77 +15,60 @@ def rows(found: dict[str, Record]) -> Rows:
     """One line for each record, for the README."""
     lines = []
     for name, record in _records(found).items():
-        first = record["rows"][0]
-        shown = ", ".join(
-            f"**{_percent(row['mean'])}** at {_budget(row)}"
-            if row["private"]
-            else f"{_percent(row['mean'])} non-private"
-            for row in _by_budget(record)
-        )
+        first, shown = record["rows"][0], []
+        for row in _by_budget(record):
+            mean = _percent(row["mean"])
+            shown.append(f"**{mean}** at {_budget(row)}" if row["private"] else f"{mean} non-private")
         seeds = len(first["seeds"])
+        over = "one seed" if seeds == 1 else f"mean of {seeds} seeds"
         lines.append(
-            f"| {_what(first)}, δ = {first['config']['delta']:g} | {shown}; test accuracy, "
-            f"{'one seed' if seeds == 1 else f'mean of {seeds} seeds'} ([how](docs/accuracy.md)) | `results/{name}` |"
+            f"| {_what(first)}, δ = {first['config']['delta']:g} | {', '.join(shown)}; test accuracy, {over} "
+            f"([how](docs/accuracy.md)) | `results/{name}` |"
         )
     return lines
 
 
 def mnist(found: dict[str, Record]) -> Rows:
-    """Every private row on MNIST with its interval."""
-    return _table({n: r for n, r in _records(found).items() if _data(r) == "mnist"})
+    """Every row on MNIST with its interval, for docs/accuracy.md."""
+    lines = []
+    for name, record in _records(found, "mnist").items():
+        for row in _by_budget(record):
+            interval = "–"
+            if row["interval95"] is not None:
+                interval = " to ".join(_percent(end, 2) for end in row["interval95"])
+            each = ", ".join(_percent(accuracy, 2) for accuracy in row["accuracies"])
+            mean, minutes = _percent(row["mean"], 2), statistics.fmean(row["training_s"]) / 60
+            lines.append(
+                f"| `{record['recipe']}` | {_budget(row)} | **{mean}** | {interval} | {each} | {minutes:.1f} min | "
+                f"`results/{name}` |"
+            )
+    return table("recipe | budget | mean | 95 % interval | seeds | training | record", lines)
 
 
 def cifar(found: dict[str, Record]) -> Rows:
-    """What is trained against epsilon, for CIFAR-100."""
-    records = {n: r for n, r in _records(found).items() if _data(r) == "cifar100"}
-    budgets = sorted(
-        {row["config"]["epsilon"] for r in records.values() for row in r["rows"] if row["private"]}
-    )
+    """What is trained against epsilon, on CIFAR-100, for docs/accuracy.md."""
+    records = _records(found, "cifar100")
+    private = [row for record in records.values() for row in record["rows"] if row["private"]]
+    budgets = sorted({row["config"]["epsilon"] for row in private})
     lines = []
     for name, record in records.items():
+        by_budget = {row["config"]["epsilon"] if row["private"] else None: row for row in record["rows"]}
+        cells = [_mean(by_budget[b]) if b in by_budget else "–" for b in (*budgets, None)]
         first = record["rows"][0]
-        cells = []
-        for budget in [*budgets, None]:
-            fit = [r for r in record["rows"] if (r["config"]["epsilon"] if r["private"] else None) == budget]
-            cells.append(_mean(fit[0]) if fit else "–")
-        what, size = PARTS[first["config"]["trainable"]], first["config"]["image_size"]
-        seeds = len(first["seeds"])
+        config, trained = first["config"], first["trained_parameters"]
         lines.append(
-            f"| {what} | {size} | {first['trained_parameters']:,} | {' | '.join(cells)} | {seeds} | `results/{name}` |"
+            f"| {PARTS[config['trainable']]} | {config['image_size']} | {trained:,} | {' | '.join(cells)} | "
+            f"{len(first['seeds'])} | `results/{name}` |"
         )
-    head = [
-        "trained",
-        "pixels",
-        "parameters",
-        *(f"ε = {b:g}" for b in budgets),
-        "non-private",
-        "seeds",
-        "record",
-    ]
+    shown = [f"ε = {budget:g}" for budget in budgets]
+    head = ["trained", "pixels", "parameters", *shown, "non-private", "seeds", "record"]
     return table(" | ".join(head), lines)
 
 
-def _table(records: dict[str, Record]) -> Rows:
-    lines = []
-    for name, record in records.items():
-        for row in _by_budget(record):
-            low, high = row["interval95"] or (float("nan"), float("nan"))
-            minutes = sum(row["training_s"]) / len(row["training_s"]) / 60
-            lines.append(
-                f"| `{record['recipe']}` | {_what(row)} | {_budget(row)} | **{_percent(row['mean'], 2)}** | "
-                f"{_percent(low, 2)} to {_percent(high, 2)} | {', '.join(_percent(a, 2) for a in row['accuracies'])} | "
-                f"{minutes:.1f} min | `results/{name}` |"
-            )
-    head = "recipe | what | budget | mean | 95 % interval | seeds | training | record"
-    return table(head, lines)
-
-
-def _records(found: dict[str, Record]) -> dict[str, Record]:
-    return {name: record for name, record in found.items() if record.get("kind") == KIND}
-
-
-def _data(record: Record) -> str:
-    return record["rows"][0]["config"]["data"]
+def _records(found: dict[str, Record], data: str | None = None) -> dict[str, Record]:
+    """Those of accuracy, of one data set if it is named."""
+    ours = {name: record for name, record in found.items() if record.get("kind") == KIND}
+    return {n: r for n, r in ours.items() if data in (None, r["rows"][0]["config"]["data"])}
 
 
 def _by_budget(record: Record) -> list[dict[str, Any]]:
@@ -99,7 +83,7 @@ def _mean(row: dict[str, Any]) -> str:
     """The mean, and half of its interval where there is one."""
     if row["interval95"] is None:
         return _percent(row["mean"])
-    return f"{_percent(row['mean'])[:-2]} ± {100 * (row['interval95'][1] - row['mean']):.1f} %"
+    return f"{100 * row['mean']:.1f} ± {100 * (row['interval95'][1] - row['mean']):.1f} %"
 
 
 def _percent(value: float, digits: int = 1) -> str:

@@ -1,8 +1,8 @@
 """Gabor wavelets, for a first convolution to begin with.
 
-What the first layer of a network for images learns is much like them (Krizhevsky, Sutskever and Hinton 2012,
-figure 3). Under noise it learns little and slowly, so it pays to begin there: they are constants, which no data
-shaped.
+What the first layer of a network for images learns is much like them (Krizhevsky, Sutskever and Hinton
+2012, figure 3). Under noise it learns little and slowly, so it pays to begin there: they are constants, which
+no data shaped.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 ANGLES = 8
 SCALES = ((1.2, 1.6), (2.0, 0.9))
-"""Of each octave: the envelope's standard deviation in pixels, and the wave's frequency in radians per pixel."""
+"""Of each octave: standard deviation of the envelope in pixels, frequency of the wave in radians a pixel."""
 PHASES = (0.0, math.pi / 2)
 SLANT = 0.7
 """How much longer the envelope is along the crest of the wave: 1 / SLANT times."""

@@ -112,9 +112,9 @@ def lenet_norm(num_classes: int, input_shape: InputShape) -> nn.Sequential:
 
 
 def gabor_convnet(num_classes: int, input_shape: InputShape) -> nn.Sequential:
-    """Two convolutions with group normalisation and GELU, and a linear head; the first begins as Gabor wavelets.
+    """Two convolutions with group normalisation and GELU, and a linear head; all of it is trained.
 
-    All of it is trained. For 28 x 28 pixels, 26,666 parameters.
+    The first begins as Gabor wavelets (`dptrain.models.gabor`). 26,666 parameters on 28 x 28 x 1.
     """
     _require_images("gabor-convnet", input_shape)
     first = nn.Conv2d(input_shape[0], gabor.COUNT, kernel_size=7, stride=2, padding=3)
