@@ -39,8 +39,8 @@ def mnist(found: dict[str, Record]) -> Rows:
             each = ", ".join(_percent(accuracy, 2) for accuracy in row["accuracies"])
             mean, minutes = _percent(row["mean"], 2), statistics.fmean(row["training_s"]) / 60
             lines.append(
-                f"| `{record['recipe']}` | {_budget(row)} | **{mean}** | {interval} | {each} | {minutes:.1f} min | "
-                f"`results/{name}` |"
+                f"| `{record['recipe']}` | {_budget(row)} | **{mean}** | {interval} | {each} | "
+                f"{minutes:.1f} min | `results/{name}` |"
             )
     return table("recipe | budget | mean | 95 % interval | seeds | training | record", lines)
 
