@@ -57,4 +57,4 @@ def mnist_scattering() -> TrainConfig:
 
 def mnist_epsilon_1() -> TrainConfig:
     """`mnist_scattering` at epsilon 1: a shorter way, because there is more noise on it."""
-    return replace(mnist_scattering(), epsilon=1.0, epochs=30, lr=0.12)
+    return replace(mnist_scattering(), epsilon=1.0, epochs=30, lr=0.15)
