@@ -46,10 +46,22 @@ def norm_linear(num_classes: int, input_shape: InputShape) -> nn.Sequential:
     and reads one example, so it costs no privacy.
     """
     _require_images("norm-linear", input_shape)
-    channels = input_shape[0]
-    groups = channels // 3 if channels % 3 == 0 else channels
-    norm = nn.GroupNorm(groups, channels, affine=False)
-    return _with_head("norm-linear", norm, nn.Sequential(), num_classes, input_shape)
+    return _with_head("norm-linear", _in_threes(input_shape), nn.Sequential(), num_classes, input_shape)
+
+
+def norm_convnet(num_classes: int, input_shape: InputShape) -> nn.Sequential:
+    """`norm_linear` with a convolution to 32 channels, group normalisation and GELU before the head.
+
+    Learned features on fixed ones: 39,114 parameters on scattering coefficients of 28 x 28 x 1.
+    """
+    _require_images("norm-convnet", input_shape)
+    features = nn.Sequential(
+        _in_threes(input_shape),
+        nn.Conv2d(input_shape[0], 32, kernel_size=3, padding=1),
+        nn.GroupNorm(8, 32),
+        nn.GELU(),
+    )
+    return _with_head("norm-convnet", features, nn.Sequential(), num_classes, input_shape)
 
 
 def convnet(num_classes: int, input_shape: InputShape) -> nn.Sequential:
@@ -189,6 +201,7 @@ def vgg11(num_classes: int, input_shape: InputShape) -> nn.Sequential:
 SMALL: dict[str, Callable[[int, InputShape], nn.Module]] = {
     "linear": linear,
     "norm-linear": norm_linear,
+    "norm-convnet": norm_convnet,
     "mlp": mlp,
     "convnet": convnet,
     "lenet": lenet,
@@ -201,6 +214,11 @@ SMALL: dict[str, Callable[[int, InputShape], nn.Module]] = {
     "larger-convnet": larger_convnet,
     "vgg11": vgg11,
 }
+
+
+def _in_threes(input_shape: InputShape) -> nn.GroupNorm:
+    channels = input_shape[0]
+    return nn.GroupNorm(channels // 3 if channels % 3 == 0 else channels, channels, affine=False)
 
 
 def _dense(widths: list[int], act: Callable[[], nn.Module]) -> nn.Sequential:

@@ -10,6 +10,7 @@ from dptrain.training import ConfigError, TrainConfig
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "mnist-convnet": from_scratch.mnist_convnet,
     "mnist-scattering": from_scratch.mnist_scattering,
+    "mnist-scattering-linear": from_scratch.mnist_scattering_linear,
     "mnist-epsilon-1": from_scratch.mnist_epsilon_1,
     "vit-base-cifar100": fine_tuning.vit_base_cifar100,
     "bit-resnet-cifar100": fine_tuning.bit_resnet_cifar100,
