@@ -66,11 +66,12 @@ def _variants(asked: argparse.Namespace) -> list[TrainConfig]:
     if asked.validation_fraction:
         base = replace(base, validation_fraction=asked.validation_fraction)
     budgets = asked.epsilon or [base.epsilon]
-    rates = asked.lr or [base.lr] * len(budgets)
-    if len(rates) != len(budgets):
-        raise SystemExit("--lr takes one learning rate for each epsilon.")
-    private = [replace(base, epsilon=epsilon, lr=lr) for epsilon, lr in zip(budgets, rates)]
-    return private + [replace(base, method="non-private")] * asked.non_private
+    changes: list[dict[str, Any]] = [{"epsilon": epsilon} for epsilon in budgets]
+    changes += [{"method": "non-private"}] * asked.non_private
+    rates = asked.lr or [base.lr] * len(changes)
+    if len(rates) != len(changes):
+        raise SystemExit(f"--lr takes {len(changes)} learning rates: of each epsilon, then of --non-private.")
+    return [replace(base, **change, lr=lr) for change, lr in zip(changes, rates)]
 
 
 def _trained(config: TrainConfig) -> Outcome:
@@ -134,7 +135,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("recipe")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each row, with the seeds 0, 1, ...")
     parser.add_argument("--epsilon", type=float, nargs="+", help="by default the recipe's")
-    parser.add_argument("--lr", type=float, nargs="+", help="one for each epsilon; by default the recipe's")
+    parser.add_argument("--lr", type=float, nargs="+", help="of each epsilon, then of --non-private")
     parser.add_argument("--non-private", action="store_true", help="also without clipping and noise")
     parser.add_argument("--weights", type=Path, help="of a pre-trained model")
     parser.add_argument("--keep-features", type=Path, help="as of dptrain train")

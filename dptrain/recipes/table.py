@@ -15,6 +15,8 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "vit-base-cifar100": fine_tuning.vit_base_cifar100,
     "bit-resnet-cifar100": fine_tuning.bit_resnet_cifar100,
     "vit-tiny-cifar100-head": fine_tuning.vit_tiny_cifar100_head,
+    "vit-tiny-cifar100-bias": fine_tuning.vit_tiny_cifar100_bias,
+    "vit-tiny-cifar100-lora": fine_tuning.vit_tiny_cifar100_lora,
     "vit-tiny-cifar100-full": fine_tuning.vit_tiny_cifar100_full,
 }
 
