@@ -45,6 +45,8 @@ def main() -> None:
         "recipe": asked.recipe,
         "rows": [],
     }
+    if record["rows"]:
+        record["continued_by"] = [*record.get("continued_by", []), [_commit(), command("benchmarks.accuracy")]]
     for config in _variants(asked):
         row = _row(record, config)
         for seed in range(asked.seeds):
