@@ -65,11 +65,11 @@ def vit_tiny_cifar100_full() -> TrainConfig:
         epsilon=8.0,
         delta=1e-5,
         clip_norm=1.0,
-        logical_batch_size=1_000,
+        logical_batch_size=2_000,
         physical_batch_size=32,
         epochs=1,
         steps=None,
-        lr=0.5,
+        lr=1.5,
         optimizer="momentum",
         weight_average=0.0,
     )
