@@ -16,10 +16,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def records() -> dict[str, dict]:
-    """By file name under ``results/``: those of single commands, and the folders of ``dptrain bench``."""
+    """By file name under ``results/``: those of single commands, and the folders of ``dptrain bench``.
+
+    Less those that are lists, of audits, which have pages of their own.
+    """
     root = ROOT / "results"
     paths = [*sorted(root.glob("*.json")), *sorted(root.glob("*/records/*.json"))]
-    return {str(path.relative_to(root)): json.loads(path.read_text()) for path in paths}
+    found = {str(path.relative_to(root)): json.loads(path.read_text()) for path in paths}
+    return {name: record for name, record in found.items() if isinstance(record, dict)}
 
 
 def accuracy_rows(found: dict[str, dict]) -> list[str]:
