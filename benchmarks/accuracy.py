@@ -46,7 +46,8 @@ def main() -> None:
         "rows": [],
     }
     if record["rows"]:
-        record["continued_by"] = [*record.get("continued_by", []), [_commit(), command("benchmarks.accuracy")]]
+        again = [_commit(), command("benchmarks.accuracy")]
+        record["continued_by"] = [*record.get("continued_by", []), again]
     for config in _variants(asked):
         row = _row(record, config)
         for seed in range(asked.seeds):

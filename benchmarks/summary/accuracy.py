@@ -12,18 +12,18 @@ PARTS = {"head": "head only", "bias": "biases and head", "lora": "LoRA and head"
 
 
 def rows(found: dict[str, Record]) -> Rows:
-    """One line for each record, for the README."""
+    """One line for each record of several seeds, for the README."""
     lines = []
     for name, record in _records(found).items():
         first, shown = record["rows"][0], []
+        if len(first["seeds"]) < 3:
+            continue
         for row in _by_budget(record):
             mean = _percent(row["mean"])
             shown.append(f"**{mean}** at {_budget(row)}" if row["private"] else f"{mean} non-private")
-        seeds = len(first["seeds"])
-        over = "one seed" if seeds == 1 else f"mean of {seeds} seeds"
         lines.append(
-            f"| {_what(first)}, δ = {first['config']['delta']:g} | {', '.join(shown)}; test accuracy, {over} "
-            f"([how](docs/accuracy.md)) | `results/{name}` |"
+            f"| {_what(first)}, δ = {first['config']['delta']:g} | {', '.join(shown)}; test accuracy, mean of "
+            f"{len(first['seeds'])} seeds ([how](docs/accuracy.md)) | `results/{name}` |"
         )
     return lines
 
