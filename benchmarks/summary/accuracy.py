@@ -19,11 +19,11 @@ def rows(found: dict[str, Record]) -> Rows:
         if len(first["seeds"]) < 3:
             continue
         for row in _by_budget(record):
-            mean = _percent(row["mean"])
+            mean = _percent(row["mean"], 2 if row["mean"] > 0.9 else 1)
             shown.append(f"**{mean}** at {_budget(row)}" if row["private"] else f"{mean} non-private")
         lines.append(
-            f"| {_what(first)}, δ = {first['config']['delta']:g} | {', '.join(shown)}; test accuracy, mean of "
-            f"{len(first['seeds'])} seeds ([how](docs/accuracy.md)) | `results/{name}` |"
+            f"| {_what(first)}, δ = {first['config']['delta']:g} | {', '.join(shown)}; test accuracy, "
+            f"mean of {len(first['seeds'])} seeds ([how](docs/accuracy.md)) | `results/{name}` |"
         )
     return lines
 
@@ -94,7 +94,7 @@ def _what(row: dict[str, Any]) -> str:
     config = row["config"]
     how = "from scratch"
     if config["features"] != "none":
-        how = f"fixed {config['features']} features"
+        how = f"on fixed {config['features']} features"
     if config["weights"]:
         how = f"ImageNet weights, {PARTS[config['trainable']]}, {config['image_size']} pixels"
     return f"{config['model']} on {config['data']} ({row['training_examples']:,} examples), {how}"
