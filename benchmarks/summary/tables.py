@@ -156,10 +156,13 @@ def measured(found: dict[str, Record], measure: str) -> dict[str, Record]:
 
 
 def engines(found: dict[str, Record]) -> Rows:
-    """Accuracy of the same run on both engines."""
-    rows = []
-    for name, record in measured(found, "accuracy").items():
+    """Accuracy of the same run on both engines; runs of one engine only belong to studies."""
+    rows, records = [], measured(found, "accuracy")
+    in_jax = [r["case"]["settings"] for r in records.values() if r["case"]["engine"] == "jax"]
+    for name, record in records.items():
         case, results = record["case"], record["results"]
+        if case["settings"] not in in_jax:
+            continue
         settings = ", ".join(f"{k} {v}" for k, v in case["settings"] if k != "weights")
         low, high = results["interval95"] or (math.nan, math.nan)
         rows.append(
