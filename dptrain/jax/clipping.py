@@ -153,9 +153,14 @@ class ClippedGrad:
         return args, mask
 
     @property
+    def clip_norm(self) -> float:
+        """C: the largest norm of an example's clipped gradient, by the rule."""
+        return self.rule.sensitivity
+
+    @property
     def bound(self) -> float:
         """On the norm of each example's part of the sum: infinite for the method that does not clip."""
-        return self.rule.sensitivity if self.method.is_private else math.inf
+        return self.clip_norm if self.method.is_private else math.inf
 
     def plan(self, *args: Any) -> Plan:
         """What would be done with these arguments, or with ``jax.ShapeDtypeStruct`` of their shapes; on a

@@ -327,9 +327,14 @@ class ClippedGrad:
         return self._reductions.begin(self.bound, self.grid)
 
     @property
+    def clip_norm(self) -> float:
+        """C: the largest norm of an example's clipped gradient, by the rule."""
+        return self.rule.sensitivity
+
+    @property
     def bound(self) -> float:
         """On the norm of each example's part of the sum: infinite for the method that does not clip."""
-        return self.rule.sensitivity if self.method.is_private else float("inf")
+        return self.clip_norm if self.method.is_private else float("inf")
 
     @property
     def workspace_bytes(self) -> int:

@@ -59,7 +59,7 @@ class PrivateTraining:
         self._loader, self._releases, self._ranks = loader, releases, ranks
         self._follow: FollowedClipNorm | None = follow
         self.denoiser: Denoiser | None = denoiser
-        options = {"clip_norm": mechanism.step(0).clip_rule, "method": method, "grid": mechanism.step(0).grid}
+        options = {"clip_norm": mechanism.step(0).clip_rule, "method": method, "grid": mechanism.grid}
         self._clipped = clipped_grad(model, loss_fn, **options, compile=compile, ranks=ranks)
         #: sizes are tried uncompiled, for to compile each of them would take minutes; and by each rank alone
         plain = not compile and ranks.alone

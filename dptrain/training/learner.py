@@ -138,7 +138,7 @@ class TorchLearner:
         run, config = self.run, self.run.config
         run.learner.train()
         first = run.mechanism.step(0)
-        options = {"clip_norm": first.clip_rule, "method": run.method, "grid": first.grid}
+        options = {"clip_norm": first.clip_rule, "method": run.method, "grid": run.mechanism.grid}
         options |= {"ranks": ALONE}  # until they join
         self.compressor.try_out()
         clipped = dpt.clipped_grad(run.learner, self.compressor.loss, **options)
