@@ -29,7 +29,9 @@ class Filtered(NamedTuple):
 def begin(params: Any) -> Filtered:
     """Before the first step from ``params``."""
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params)
-    return Filtered(jax.tree.map(jnp.copy, params), zeros, jnp.zeros(()), jnp.zeros((), jnp.int32))
+    return Filtered(
+        jax.tree.map(jnp.copy, params), zeros, jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
+    )
 
 
 def ahead(params: Any, kept: Filtered, kappa: float) -> Any:

@@ -36,7 +36,9 @@ def scale_by_adam_bc(floor: float = FLOOR) -> optax.GradientTransformationExtraA
             raise ValueError(UNKNOWN_NOISE)
         count = state.count + 1
         mean = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, gradient)
-        square = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * (g * g - noise_variance), state.nu, gradient)
+        square = jax.tree.map(  # in its own type, whatever that of the variance is
+            lambda v, g: (b2 * v + (1 - b2) * (g * g - noise_variance)).astype(v.dtype), state.nu, gradient
+        )
 
         def direction(m: jax.Array, v: jax.Array) -> jax.Array:
             root = jnp.sqrt(jnp.maximum(v / (1 - b2**count), floor * noise_variance))
