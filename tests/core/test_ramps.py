@@ -25,12 +25,18 @@ def test_a_ramp_begins_and_ends_where_it_says_and_keeps_the_number_of_steps():
 
 
 def test_a_calibrated_ramp_meets_its_budget_and_leaves_next_to_none():
-    made = ramped(FIRST, 20, delta=1e-5, epsilon=2.0, noise=0.5, pieces=2)
-    assert 2.0 * (1 - 2e-4) <= made.epsilon() <= 2.0
+    made = ramped(FIRST, 20, delta=1e-5, epsilon=2.0, noise=0.5, pieces=2, accountant="rdp")
+    assert 2.0 * (1 - 2e-4) <= made.epsilon(accountant="rdp") <= 2.0
     assert Mechanism.from_dict(made.to_dict()) == made
     # Every piece costs: less noise at the end has to be paid for at the beginning.
     constant = Mechanism.calibrate(
-        epsilon=2.0, delta=1e-5, sample_rate=0.01, steps=20, clip_norm=0.8, expected_batch_size=50
+        epsilon=2.0,
+        delta=1e-5,
+        sample_rate=0.01,
+        steps=20,
+        clip_norm=0.8,
+        expected_batch_size=50,
+        accountant="rdp",
     )
     assert made.step(0).noise_multiplier > constant.noise_multiplier > made.step(19).noise_multiplier
 

@@ -120,7 +120,7 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on_bit_for_bit(victim, shared, 
     assert STEPS - 5 <= summary(copy)["steps_taken"] <= STEPS
 
 
-@pytest.mark.parametrize("place", ["step", "consolidate_state_dict"])
+@pytest.mark.parametrize("place", ["step", pytest.param("consolidate_state_dict", marks=pytest.mark.slow)])
 def test_a_rank_that_is_gone_is_noticed_inside_the_optimizer_too(place, tmp_path):
     run = [*RUN, *SHARED, "--checkpoint-every", "1", "--out", str(tmp_path / "run")]
     ranks = together([[str(LEAVES), "", *run], [str(LEAVES), place, *run]])
