@@ -18,23 +18,14 @@ from typing import Any, ClassVar
 from dptrain.core import checks
 
 
-@dataclass(frozen=True)
-class Flat:
-    """Scale an example's whole gradient by min(1, C / ‖g‖).
-
-    Source: Abadi et al. 2016, "Deep learning with differential privacy", algorithm 1.
-    """
+class _Whole:
+    """All parameters together, to one norm."""
 
     clip_norm: float
-    name: ClassVar[str] = "flat"
-    stability: ClassVar[None] = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "clip_norm", checks.positive("clip_norm", self.clip_norm))
 
     @property
     def sensitivity(self) -> float:
-        """C."""
+        """C; of `Quantile` that of the first step, and of the steps after it their own, as the noise is."""
         return self.clip_norm
 
     @property
@@ -47,8 +38,39 @@ class Flat:
         return (0,) * len(names)
 
 
+class _InParts:
+    """Parts of the parameters, each on its own, to a norm of its own."""
+
+    clip_norms: tuple[float, ...]
+
+    @property
+    def sensitivity(self) -> float:
+        """√(Σ C_k²)."""
+        return math.hypot(*self.clip_norms)
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """C_k by part."""
+        return self.clip_norms
+
+
 @dataclass(frozen=True)
-class Automatic:
+class Flat(_Whole):
+    """Scale an example's whole gradient by min(1, C / ‖g‖).
+
+    Source: Abadi et al. 2016, "Deep learning with differential privacy", algorithm 1.
+    """
+
+    clip_norm: float
+    name: ClassVar[str] = "flat"
+    stability: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "clip_norm", checks.positive("clip_norm", self.clip_norm))
+
+
+@dataclass(frozen=True)
+class Automatic(_Whole):
     """Normalise an example's gradient: g · C / (‖g‖ + stability).
 
     Its norm stays below C whatever ‖g‖ is, so the sensitivity is C, as for `Flat`.
@@ -65,23 +87,9 @@ class Automatic:
         # At 0 a vanishing gradient would be divided by zero.
         object.__setattr__(self, "stability", checks.positive("stability", self.stability))
 
-    @property
-    def sensitivity(self) -> float:
-        """C."""
-        return self.clip_norm
-
-    @property
-    def thresholds(self) -> tuple[float, ...]:
-        """C, of all parameters together."""
-        return (self.clip_norm,)
-
-    def partition(self, names: Sequence[str]) -> tuple[int, ...]:
-        """The part that each of these parameters belongs to: there is one."""
-        return (0,) * len(names)
-
 
 @dataclass(frozen=True)
-class PerLayer:
+class PerLayer(_InParts):
     """Clip each layer k on its own to C_k.
 
     A layer is the parameters of one module (weight and bias of a linear map), or what stands side by side in
@@ -106,16 +114,6 @@ class PerLayer:
         checks.whole("the number of layers", count)
         return cls((checks.positive("clip_norm", clip_norm) / math.sqrt(count),) * count)
 
-    @property
-    def sensitivity(self) -> float:
-        """√(Σ C_k²)."""
-        return math.hypot(*self.clip_norms)
-
-    @property
-    def thresholds(self) -> tuple[float, ...]:
-        """C_k by layer."""
-        return self.clip_norms
-
     def partition(self, names: Sequence[str]) -> tuple[int, ...]:
         """The layer that each of these parameters belongs to.
 
@@ -133,7 +131,7 @@ class PerLayer:
 
 
 @dataclass(frozen=True)
-class GroupWise:
+class GroupWise(_InParts):
     """Clip each group of parameters k on its own to C_k; the groups are a partition.
 
     A parameter belongs to the first group whose regular expression is found in its name. The same
@@ -167,16 +165,6 @@ class GroupWise:
                 ) from error
         object.__setattr__(self, "patterns", tuple(patterns))
 
-    @property
-    def sensitivity(self) -> float:
-        """√(Σ C_k²)."""
-        return math.hypot(*self.clip_norms)
-
-    @property
-    def thresholds(self) -> tuple[float, ...]:
-        """C_k by group."""
-        return self.clip_norms
-
     def partition(self, names: Sequence[str]) -> tuple[int, ...]:
         """The group that each of these parameters belongs to.
 
@@ -196,7 +184,7 @@ class GroupWise:
 
 
 @dataclass(frozen=True)
-class Quantile:
+class Quantile(_Whole):
     """Flat clipping whose C follows a quantile of the norms, estimated privately (`dptrain.core.quantile`).
 
     Every step releases two things: the noisy clipped sum, and a noisy count of the examples whose norm is at
@@ -226,20 +214,6 @@ class Quantile:
         for name in ("clip_norm", "count_noise", "learning_rate"):
             object.__setattr__(self, name, checks.positive(name, getattr(self, name)))
         object.__setattr__(self, "quantile", checks.probability("quantile", self.quantile))
-
-    @property
-    def sensitivity(self) -> float:
-        """C of the first step; of the steps after it their own C, which the noise follows."""
-        return self.clip_norm
-
-    @property
-    def thresholds(self) -> tuple[float, ...]:
-        """C of the first step."""
-        return (self.clip_norm,)
-
-    def partition(self, names: Sequence[str]) -> tuple[int, ...]:
-        """The part that each of these parameters belongs to: there is one."""
-        return (0,) * len(names)
 
     def noise_on_gradients(self, noise_multiplier: float) -> float:
         """z_g of a step whose noise multiplier is z, as above.
