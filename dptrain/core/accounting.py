@@ -228,12 +228,17 @@ def recorded(steps: Iterable[tuple[int, StepSpec]]) -> Segments:
         period = spec.sampling.period
         if period is None:
             runs.append((spec, 1))
-        else:
-            goes_on = last is not None and last[1] == spec and index == last[0] + 1
-            if not goes_on or index % period == 0:
-                runs.append((spec, period))
+        elif begins_period(last, index, spec):
+            runs.append((spec, period))
         last = index, spec
     return merge(runs)
+
+
+def begins_period(last: tuple[int, StepSpec] | None, index: int, spec: StepSpec) -> bool:
+    """Whether a step after the `last` one, by (index, specification), begins a shuffled epoch or a cycle that
+    has to be paid for: a new one of the same draw, or any part of another draw's."""
+    period = spec.sampling.period
+    return period is not None and (last != (index - 1, spec) or index % period == 0)
 
 
 def _run(spec: StepSpec, count: int) -> tuple[dp_accounting.DpEvent, int]:

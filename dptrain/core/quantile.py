@@ -12,6 +12,7 @@ from dptrain.core import checks
 from dptrain.core.clip_rules import Quantile
 from dptrain.core.entropy import Key
 from dptrain.core.noise import noisy_mean
+from dptrain.core.releases import Numbers
 from dptrain.core.spec import StepSpec
 
 FURTHEST = 1e6
@@ -41,8 +42,8 @@ class FollowedClipNorm:
         else 0, also where it is not finite."""
         return float(np.count_nonzero(norms <= self.clip_norm)) - 0.5 * norms.size
 
-    def follow(self, centred: float, spec: StepSpec, key: Key) -> None:
-        """Take the step's noisy count into account.
+    def moved(self, centred: float, spec: StepSpec, key: Key) -> float:
+        """The clip norm of the next step, by this step's noisy count. It is released with the step's sum.
 
         The realised batch size is private, so the share of examples below C is estimated as
         1/2 + (sum of (b - 1/2) + N(0, σ_b²)) / L, which one example moves by 1 / (2 L).
@@ -59,4 +60,12 @@ class FollowedClipNorm:
         share = 0.5 + float(count["count"][0])
         moved = self.clip_norm * math.exp(-self.rule.learning_rate * (share - self.rule.quantile))
         first = self.rule.clip_norm
-        self.clip_norm = min(max(moved, first / FURTHEST), first * FURTHEST)
+        return min(max(moved, first / FURTHEST), first * FURTHEST)
+
+
+def released(gradient: Numbers, moved: float | None) -> Numbers:
+    """What a step releases: its noisy gradient and, where it has one, the clip norm of the next."""
+    if moved is None:
+        return gradient
+    # No parameter's name begins with a dot.
+    return lambda: {**gradient(), ".clip_norm": np.array(moved)}

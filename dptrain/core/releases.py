@@ -60,6 +60,10 @@ class Releases:
             self._planned[spec] += count
         earlier = () if ledger is None else ledger.releases
         self._made = Counter(release.spec for release in earlier)
+        self._last: tuple[int, StepSpec] | None = None
+        self._periods = 0
+        for release in earlier:
+            self._begin(release.step, release.spec)
         self._known = _fingerprints(earlier) if repeats else {}
 
     @property
@@ -96,15 +100,16 @@ class Releases:
         if self._ledger is not None:
             self._ledger.append(index, spec, mark)
         self._made[spec] += 1
+        self._begin(index, spec)
 
     def draw_afresh(self) -> None:
         """Go on with a key that no release was drawn with.
 
         Raises:
-            RuntimeError: the noise of the mechanism is correlated with that of lost steps.
+            ValueError: the noise of the mechanism is correlated with that of lost steps.
         """
         if self._mechanism.is_correlated and self.count:
-            raise RuntimeError(
+            raise ValueError(
                 "a step did not come out as before, bit for bit, and correlated noise cannot be drawn "
                 "afresh: the run ends with the steps that it has."
             )
@@ -121,8 +126,8 @@ class Releases:
         """
         if spec.noise_multiplier == 0 and self._planned[spec]:
             return True  # there is nothing to spend
-        if spec.sampling.period is not None and self._ledger is not None:
-            return self._periods_are_covered(index, spec, spec.sampling.period)
+        if spec.sampling.period is not None:
+            return self._period_is_covered(index, spec, spec.sampling.period)
         if self._made[spec] < self._planned[spec] and self._made <= self._planned:
             return True
         delta = self._mechanism.delta
@@ -133,13 +138,16 @@ class Releases:
         cost = accounting.epsilon(segments, delta, self._mechanism.neighbours)
         return cost <= self._mechanism.epsilon(delta)
 
-    def _periods_are_covered(self, index: int, spec: StepSpec, period: int) -> bool:
+    def _period_is_covered(self, index: int, spec: StepSpec, period: int) -> bool:
         """Of epochs or cycles, which cost the same each, whether there are no more than the mechanism has."""
-        assert self._ledger is not None
-        taken = [(release.step, release.spec) for release in self._ledger.releases]
-        begun = accounting.recorded([*taken, (index, spec)])
-        planned = math.ceil(self._mechanism.steps / period) * period
-        return {each for each, _ in begun} == {spec} and sum(count for _, count in begun) <= planned
+        planned = math.ceil(self._mechanism.steps / period)
+        begins = accounting.begins_period(self._last, index, spec)
+        return self._made.keys() <= {spec} and self._periods + begins <= planned
+
+    def _begin(self, index: int, spec: StepSpec) -> None:
+        """Count a release that is on record."""
+        self._periods += accounting.begins_period(self._last, index, spec)
+        self._last = index, spec
 
 
 def releases_of(mechanism: Mechanism, ledger: Ledger | None, key: Key | None, taken: int) -> Releases:

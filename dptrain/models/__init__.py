@@ -8,7 +8,7 @@ from dptrain.models.lora import add_lora
 from dptrain.models.names import PAPER_MODELS, timm_name
 from dptrain.models.preferences import Preferences, preferences
 from dptrain.models.small import SMALL
-from dptrain.models.split_head import split_head
+from dptrain.models.split import Backbone, in_first_blocks, split_blocks, split_head
 from dptrain.models.trainable import Trainable, select_trainable
 from dptrain.models.transformers_classifier import Text
 from dptrain.models.weights import WeightReport, load_weights
@@ -16,6 +16,7 @@ from dptrain.models.weights import WeightReport, load_weights
 __all__ = [
     "PAPER_MODELS",
     "SMALL",
+    "Backbone",
     "Inputs",
     "ModelError",
     "Preferences",
@@ -26,11 +27,13 @@ __all__ = [
     "build",
     "build_with_report",
     "head_name",
+    "in_first_blocks",
     "in_head",
     "load_weights",
     "logits",
     "preferences",
     "select_trainable",
+    "split_blocks",
     "split_head",
     "timm_name",
 ]

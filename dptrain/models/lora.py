@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from torch import nn
 
@@ -14,7 +15,13 @@ REPEATED = re.compile(r"(^|\.)\d+\.")
 """Blocks are numbered: `blocks.3.attn.qkv`, `bert.encoder.layer.0.output.dense`."""
 
 
-def add_lora(model: nn.Module, rank: int, alpha: float, example: Inputs) -> None:
+def add_lora(
+    model: nn.Module,
+    rank: int,
+    alpha: float,
+    example: Inputs,
+    frozen: Callable[[str], bool] = lambda name: False,
+) -> None:
     """Add an adapter B A of `rank`, scaled by alpha / rank, to the linear layers of all blocks, in place.
 
     Those are the layers of attention and MLP, without the head. B starts at zero, so that the
@@ -22,6 +29,7 @@ def add_lora(model: nn.Module, rank: int, alpha: float, example: Inputs) -> None
 
     example: inputs of one example, with which the model is run once: an adapter works only on a
     layer that is called, and some models read a layer's weight without calling it.
+    frozen: tells of parameters, by name, whether they stay without an adapter.
 
     Raises:
         ModelError: peft is not installed, or there is nothing to adapt.
@@ -33,7 +41,11 @@ def add_lora(model: nn.Module, rank: int, alpha: float, example: Inputs) -> None
             "--trainable lora needs the package peft; install it with `pip install 'dptrain[lora]'`."
         ) from error
     is_head = in_head(model)
-    called = [name for name in _called_linear_layers(model, example) if not is_head(f"{name}.weight")]
+    called = [
+        name
+        for name in _called_linear_layers(model, example)
+        if not is_head(f"{name}.weight") and not frozen(f"{name}.weight")
+    ]
     targets = [name for name in called if REPEATED.search(name)] or called
     if not targets:
         raise ModelError(

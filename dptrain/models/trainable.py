@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
@@ -25,16 +26,18 @@ class Trainable:
         return f"{self.count:,} of {self.total:,} parameters ({share:.3g} %) in {tensors}"
 
 
-def select_trainable(model: nn.Module, which: str = "all") -> Trainable:
+def select_trainable(
+    model: nn.Module, which: str = "all", frozen: Callable[[str], bool] = lambda name: False
+) -> Trainable:
     """Set `requires_grad` on the chosen parameters and clear it on all others.
 
     which: `all`; `head`; `bias` (every bias, and the head: BitFit); `norm` (the affine parameters
     of normalisation layers, and the head: FiLM); `lora` (what `add_lora` has added, and the head);
-    anything else is a regular expression searched for in parameter names. Raises ModelError if
-    nothing matches.
+    anything else is a regular expression searched for in parameter names. frozen: names that are not
+    chosen even so. Raises ModelError if nothing is left.
     """
     everything = dict(model.named_parameters())
-    chosen = {name for name in everything if _matches(model, which, name)}
+    chosen = {name for name in everything if _matches(model, which, name) and not frozen(name)}
     if not chosen:
         raise ModelError(
             f"--trainable {which!r} matches no parameter; names look like {', '.join(list(everything)[:3])}."

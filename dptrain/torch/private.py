@@ -18,7 +18,7 @@ from dptrain.core.clip_rules import Flat, Quantile
 from dptrain.core.entropy import Key
 from dptrain.core.ledger import Ledger
 from dptrain.core.mechanism import Mechanism
-from dptrain.core.quantile import FollowedClipNorm
+from dptrain.core.quantile import FollowedClipNorm, released
 from dptrain.core.release import Step, check_dataset_size
 from dptrain.core.releases import NotTheSame, Numbers, Releases, releases_of
 from dptrain.core.sampling import LogicalSampler, PhysicalBatch, physical_batch_count, physical_batches, share
@@ -118,11 +118,12 @@ class PrivateTraining:
                         centred += follow.centred(clipped.norms[-len(mask) :][mask].cpu().numpy())
                     if last:
                         break
-            noise, released = key.child("noise", taken), follow.step(spec) if follow else spec
-            gradient = privatize(clipped, released, noise, donate=True, noise=correlated)
-            self._releases.before(taken, spec, self._numbers(gradient))
+            noise, sum_spec = key.child("noise", taken), follow.step(spec) if follow else spec
+            gradient = privatize(clipped, sum_spec, noise, donate=True, noise=correlated)
+            moved = follow.moved(centred, spec, noise) if follow else None
+            self._releases.before(taken, spec, released(self._numbers(gradient), moved))
             if follow:
-                follow.follow(centred, spec, noise)
+                follow.clip_norm = moved
             self._taken = taken = taken + 1
             if self.denoiser is not None:
                 gradient = self.denoiser.filtered(gradient)

@@ -134,8 +134,12 @@ class TrainConfig:
     """With --trainable lora: the adapters are scaled by this over their rank."""
     convert: bool = False
     """Replace BatchNorm, which mixes examples, by GroupNorm; running statistics are lost."""
+    frozen_blocks: int = 0
+    """Leave the first so many blocks of a timm model, and what is before them, as they are, whatever
+    --trainable says."""
     cache_features: bool = False
-    """With --trainable head: run the frozen backbone once per example, train on its features."""
+    """With --trainable head or --frozen-blocks: run what is frozen once per example, and train on its
+    features."""
     keep_features: Path | None = None
     """Keep the features of --features and --cache-features in this folder, for the next run of the same
     images and backbone. They say as much of private images as these do: keep them in as safe a place."""

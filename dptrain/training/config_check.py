@@ -112,9 +112,16 @@ def check(config: TrainConfig) -> None:
         raise ConfigError(f"--denoise is {config.denoise}: give a number from 0, for none, to below 1.")
     if config.denoise and config.shard != "none":
         raise ConfigError("--denoise keeps its filter whole on each rank: leave --shard out.")
-    if config.cache_features and config.trainable != "head":
+    if config.frozen_blocks < 0:
+        raise ConfigError(f"--frozen-blocks is {config.frozen_blocks}: give 0, for none, or more.")
+    if config.frozen_blocks and config.engine == "jax":
+        raise ConfigError("--frozen-blocks is for --engine torch: leave it out, or choose --trainable head.")
+    if config.frozen_blocks and config.trainable == "head":
+        raise ConfigError("--trainable head leaves all blocks as they are: leave out --frozen-blocks.")
+    if config.cache_features and config.trainable != "head" and not config.frozen_blocks:
         raise ConfigError(
-            "--cache-features needs --trainable head: only a frozen backbone has fixed features."
+            "--cache-features needs --trainable head or --frozen-blocks: only what is frozen has fixed "
+            "features."
         )
     if config.engine == "jax" and config.compile:
         raise ConfigError(

@@ -14,7 +14,7 @@ from torch.nn import functional
 from dptrain import torch as dpt
 from dptrain.core.clip_rules import Flat
 from dptrain.core.entropy import Key
-from dptrain.core.quantile import FollowedClipNorm
+from dptrain.core.quantile import FollowedClipNorm, released
 from dptrain.core.releases import Numbers
 from dptrain.core.sampling import LogicalSampler, PhysicalBatch, physical_batches, share
 from dptrain.core.spec import StepSpec
@@ -130,9 +130,10 @@ def logical_steps(
                     break
         noise, sum_spec = key.child("noise", index), follow.step(spec) if follow else spec
         gradient = dpt.privatize(total, sum_spec, noise, donate=True, noise=correlated)
-        before_release(index, spec, gradient.on_host)
+        moved = follow.moved(centred, spec, noise) if follow else None
+        before_release(index, spec, released(gradient.on_host, moved))
         if follow:
-            follow.follow(centred, spec, noise)
+            follow.clip_norm = moved
         gradient = compressor.after(gradient, index, own_key)
         if denoiser is not None:
             gradient = denoiser.filtered(gradient)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch import nn
 from dptrain import torch as dpt
 from dptrain.data import ResidentTexts, Splits
 from dptrain.data.sources import default_data_dir
-from dptrain.models import Text, WeightReport, add_lora, build_with_report
+from dptrain.models import Text, WeightReport, add_lora, build_with_report, in_first_blocks
 from dptrain.training.config import TrainConfig
 
 
@@ -38,8 +39,16 @@ def make_model(config: TrainConfig, splits: Splits) -> Made:
     if config.trainable == "lora":
         example = splits.train.stand_in(1)[0]
         on_cpu = {k: v.cpu() for k, v in example.items()} if isinstance(example, dict) else example.cpu()
-        add_lora(model, config.lora_rank, config.lora_alpha, on_cpu)
+        add_lora(model, config.lora_rank, config.lora_alpha, on_cpu, frozen(config, model))
     return Made(model, weights, conversion)
+
+
+def frozen(config: TrainConfig, model: nn.Module) -> Callable[[str], bool]:
+    """Whether a parameter, by its name, is frozen whatever --trainable says.
+
+    Raises ModelError.
+    """
+    return in_first_blocks(model, config.frozen_blocks) if config.frozen_blocks else lambda name: False
 
 
 def _weights(config: TrainConfig) -> Path | None:

@@ -32,17 +32,19 @@ from dptrain.data import (
     stratified,
 )
 from dptrain.models import (
+    Backbone,
     Preferences,
     Trainable,
     WeightReport,
     in_head,
     preferences,
     select_trainable,
+    split_blocks,
     split_head,
 )
 from dptrain.training.config import LEAKY, ConfigError, TrainConfig
 from dptrain.training.device import check_precision, resolve_device
-from dptrain.training.make_model import Made, make_model
+from dptrain.training.make_model import Made, frozen, make_model
 from dptrain.training.saved import Tensors, restore_fixed
 
 COUNT_NOISE = 0.05
@@ -125,7 +127,7 @@ def prepare(config: TrainConfig, fixed: Tensors | None = None, key: Key | None =
     plain = config if fixed is None else replace(config, pretrained=False, weights=None)
     made = _initialised(plain, splits, key)
     model = made.model.to(device)
-    trainable = select_trainable(model, config.trainable)
+    trainable = select_trainable(model, config.trainable, frozen(config, model))
     if fixed is not None:
         restore_fixed(model, fixed)
     made_features = config.cache_features or config.features != "none"
@@ -135,8 +137,8 @@ def prepare(config: TrainConfig, fixed: Tensors | None = None, key: Key | None =
         )
     learner = model
     if config.cache_features:
-        backbone, learner = split_head(model)
-        store, made_by = FeatureStore(config.keep_features), _backbone_identity(config.model, model)
+        backbone, learner = _split(config, model, splits)
+        store, made_by = FeatureStore(config.keep_features), _backbone_identity(config, model)
         parts = (splits.train, splits.test, splits.public)
         train, test, public = (part and store.features(part, backbone, made_by) for part in parts)
         splits = replace(splits, train=train, test=test, public=public)
@@ -299,11 +301,23 @@ def without_noise(mechanism: Mechanism) -> Mechanism:
     return Mechanism(segments, mechanism.neighbours, mechanism.delta)
 
 
-def _backbone_identity(name: str, model: nn.Module) -> str:
-    """What features before the head depend on besides their inputs."""
-    is_head = in_head(model)
-    frozen = {key: tensor for key, tensor in model.state_dict().items() if not is_head(key)}
-    return f"{name} {digest_of_weights(frozen)}"
+def _split(config: TrainConfig, model: nn.Module, splits: Splits) -> tuple[Backbone, nn.Module]:
+    """What is run once per example, and what is trained on its features."""
+    if not config.frozen_blocks:
+        return split_head(model)
+    example = splits.train.stand_in(1)[0]
+    if not isinstance(example, torch.Tensor):
+        raise ConfigError("--frozen-blocks is for models of images: leave it out.")
+    return split_blocks(model, config.frozen_blocks, example)
+
+
+def _backbone_identity(config: TrainConfig, model: nn.Module) -> str:
+    """What features depend on besides their inputs."""
+    is_head, is_frozen, blocks = in_head(model), frozen(config, model), config.frozen_blocks
+    state = model.state_dict().items()
+    kept = {key: tensor for key, tensor in state if (is_frozen(key) if blocks else not is_head(key))}
+    cut = f" behind {blocks} blocks" if blocks else ""
+    return f"{config.model}{cut} {digest_of_weights(kept)}"
 
 
 def _initialised(config: TrainConfig, splits: Splits, key: Key) -> Made:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from dptrain.core.accounting import ADD_OR_REMOVE_ONE, recorded
+from dptrain.core.accounting import recorded
 from dptrain.core.clip_rules import Flat, Quantile
 from dptrain.core.correlated import correlated, prefix_error, square_root
 from dptrain.core.entropy import Key
@@ -125,7 +125,3 @@ def test_groups_are_of_the_key_and_of_nothing_else():
 def test_what_would_not_be_covered_is_refused(make, message):
     with pytest.raises((ValueError, TypeError), match=message):
         make()
-
-
-def test_neighbours_are_added_or_removed():
-    assert made().neighbours == ADD_OR_REMOVE_ONE

@@ -51,7 +51,7 @@ def test_the_clip_norm_finds_the_quantile():
     found = []
     for index in range(200):
         norms = rng.exponential(size=rng.binomial(1000, 0.1))
-        follow.follow(follow.centred(norms), step(), Key.from_seed(0).child("noise", index))
+        follow.clip_norm = follow.moved(follow.centred(norms), step(), Key.from_seed(0).child("noise", index))
         found.append(follow.clip_norm)
     assert np.median(found[50:]) == pytest.approx(-math.log(0.3), rel=0.1)
 
@@ -60,7 +60,7 @@ def test_the_noise_on_the_count_is_that_which_is_accounted():
     shares = []
     for index in range(4000):
         follow = FollowedClipNorm(Quantile(1.0, 5.0, 0.5, learning_rate=1.0))
-        follow.follow(10.0, step(), Key.from_seed(index))
+        follow.clip_norm = follow.moved(10.0, step(), Key.from_seed(index))
         shares.append(0.5 - math.log(follow.clip_norm))
     assert np.mean(shares) == pytest.approx(0.6, abs=5 * 0.05 / 4000**0.5)  # 1/2 + 10/L
     assert np.std(shares) == pytest.approx(0.05, rel=5 / (2 * 4000) ** 0.5)  # 5/L; 5 % off is seen

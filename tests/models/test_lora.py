@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 import dptrain.torch as dpt
-from dptrain.models import ModelError, add_lora, build, logits, select_trainable
-from dptrain.models.split_head import split_head
+from dptrain.models import ModelError, add_lora, build, in_first_blocks, logits, select_trainable, split_head
 
 pytest.importorskip("peft")
 
@@ -99,3 +98,12 @@ def test_features_of_an_adapted_model():
     model, x = vit().eval(), torch.randn(2, *IMAGE)
     backbone, head = split_head(model)
     assert torch.allclose(head(backbone(x)), logits(model, x))
+
+
+def test_frozen_blocks_get_no_adapters():
+    model = vit()
+    frozen = in_first_blocks(model, 1)
+    add_lora(model, rank=2, alpha=4, example=torch.randn(1, *IMAGE), frozen=frozen)
+    chosen = select_trainable(model, "lora", frozen)
+    assert all(name.startswith(("blocks.1.", "head.")) for name in chosen.names)
+    assert len(chosen.names) == 4 * 2 + 2

@@ -2,7 +2,15 @@ import pytest
 import torch
 from torch import nn
 
-from dptrain.models import ModelError, build, head_name, select_trainable, split_head
+from dptrain.models import (
+    ModelError,
+    build,
+    head_name,
+    in_first_blocks,
+    select_trainable,
+    split_blocks,
+    split_head,
+)
 
 
 def trained(model):
@@ -64,3 +72,34 @@ def test_head_of_backbone_is_the_model(name):
 def test_a_model_without_a_head_is_refused():
     with pytest.raises(ModelError, match="name its classification layer"):
         head_name(nn.Sequential(nn.Flatten()))
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("vit-tiny", 9), ("vit-tiny", 1), ("bit-50x1", 3), ("convnext_atto", 2)]
+)
+def test_what_follows_frozen_blocks_is_the_rest_of_the_model(name, count):
+    model = build(name, 5, (3, 32, 32))
+    nn.init.normal_(model.get_submodule(head_name(model)).weight)
+    chosen = select_trainable(model, "all", in_first_blocks(model, count))
+    backbone, rest = split_blocks(model, count, torch.zeros(1, 3, 32, 32))
+    x = torch.randn(2, 3, 32, 32)
+    features = backbone(x)
+    assert torch.equal(rest(features), model(x))
+    assert not features.requires_grad, "nothing before the cut is trained"
+    rest(features).sum().backward()
+    reached = [n for n, p in model.named_parameters() if p.grad is not None]
+    assert reached == list(chosen.names), "and all after it is"
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "message"),
+    [
+        ("eva02_tiny_patch14_224", 2, "reads more than their output"),  # a table of rotations, in each block
+        ("vit-tiny", 12, "has 12 blocks"),
+        ("mlp", 1, "needs a model with a sequence of blocks"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(name, count, message):
+    shape = (3, 224, 224) if name.startswith("eva") else (3, 32, 32)
+    with pytest.raises(ModelError, match=message):
+        split_blocks(build(name, 5, shape), count, torch.zeros(1, *shape))

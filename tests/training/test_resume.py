@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from dptrain import torch as dpt
 from dptrain.core.entropy import Key
 from dptrain.core.ledger import Ledger, LedgerError
+from dptrain.core.quantile import FollowedClipNorm
 from dptrain.core.remembered import remembered
 from dptrain.training import ConfigError, Silent, StorageError, checkpoint, resume, run_folder, train
 from dptrain.training.checkpoint import CheckpointError, Checkpoints
@@ -208,6 +209,33 @@ def test_a_step_that_comes_out_otherwise_is_drawn_afresh(quick, monkeypatch, see
     assert "Step 4 did not come out as before" in listener.heard[1]
     assert (outcome.steps, outcome.releases) == (4, 6)
     assert len(set(noises)) == 2
+
+
+def test_a_clip_norm_that_comes_out_otherwise_is_drawn_afresh(quick, monkeypatch):
+    """The next clip norm is released with a step: its noise must not be used on another count either."""
+    config = quick(steps=6, checkpoint_every=3, clip_rule="quantile", accountant="rdp")
+    folder = killed(config, after=5)
+    real = FollowedClipNorm.centred
+    monkeypatch.setattr(FollowedClipNorm, "centred", lambda self, norms: real(self, norms) + 1)
+    outcome = resume(folder)
+    assert (outcome.steps, outcome.releases) == (4, 6)
+
+
+def test_correlated_noise_is_not_drawn_afresh(quick, monkeypatch):
+    """The noise of the steps that are kept is in that of the next: no other key will do."""
+    config = quick(steps=6, checkpoint_every=3, noise_bands=4)
+    folder = killed(config, after=5)
+    real = dpt.privatize
+
+    def other_rounding(total, *rest, **options):
+        next(iter(total.grads.values())).view(-1)[0] += 1e-6
+        return real(total, *rest, **options)
+
+    monkeypatch.setattr(dpt, "privatize", other_rounding)
+    with pytest.raises(ValueError, match="the run ends with the steps that it has"):
+        resume(folder)
+    assert len(Ledger.read(folder / "ledger.jsonl").releases) == 5
+    assert (folder / "summary.json").exists()
 
 
 def test_noise_of_an_abandoned_course_is_not_used_on_another(quick, monkeypatch):

@@ -130,6 +130,32 @@ def test_the_head_on_cached_features_trains_the_head_of_the_model(quick):
     assert rescore(outcome.folder.path)[2].accuracy == pytest.approx(outcome.score.accuracy)
 
 
+@pytest.mark.parametrize("trainable", ["all", "bias"])
+def test_blocks_that_are_run_once_train_as_those_that_are_run_always(quick, tmp_path, trainable):
+    """The same model either way, but for the rounding of other physical batches of the frozen blocks."""
+    settings = {
+        "model": "vit-tiny",
+        "image_size": 32,
+        "frozen_blocks": 11,
+        "trainable": trainable,
+        "steps": 2,
+    }
+    settings["method"] = "non-private"  # noise is drawn by name, and the part has names of its own
+    whole = train(quick(**settings, out=tmp_path / "whole"))
+    outcome = train(quick(**settings, cache_features=True, out=tmp_path / "cached"))
+    run = outcome.run
+    assert run.train.input_shape == (5, 192)
+    assert run.trainable.names == whole.run.trainable.names
+    assert (
+        run.trainable.names[0] == {"all": "blocks.11.norm1.weight", "bias": "blocks.11.norm1.bias"}[trainable]
+    )
+    weights = [load_file(each.folder.weights) for each in (whole, outcome)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], rtol=1e-4, atol=1e-5)
+    assert rescore(outcome.folder.path)[2].accuracy == pytest.approx(outcome.score.accuracy)
+
+
 def test_features_that_were_kept_train_the_same_head(quick, tmp_path):
     settings = {"model": "lenet", "image_size": 28, "trainable": "head", "cache_features": True}
     settings |= {"keep_features": tmp_path / "kept", "steps": 1, "evaluations": 1}
