@@ -57,7 +57,7 @@ def cifar(found: dict[str, Record]) -> Rows:
         first = record["rows"][0]
         config, trained = first["config"], first["trained_parameters"]
         lines.append(
-            f"| {PARTS[config['trainable']]} | {config['image_size']} | {trained:,} | {' | '.join(cells)} | "
+            f"| {_part(config)} | {config['image_size']} | {trained:,} | {' | '.join(cells)} | "
             f"{len(first['seeds'])} | `results/{name}` |"
         )
     shown = [f"ε = {budget:g}" for budget in budgets]
@@ -86,6 +86,12 @@ def _mean(row: dict[str, Any]) -> str:
     return f"{100 * row['mean']:.1f} ± {100 * (row['interval95'][1] - row['mean']):.1f} %"
 
 
+def _part(config: dict[str, Any]) -> str:
+    """What is trained."""
+    frozen = config.get("frozen_blocks")
+    return PARTS[config["trainable"]] + (f", {frozen} blocks frozen" if frozen else "")
+
+
 def _percent(value: float, digits: int = 1) -> str:
     return f"{100 * value:.{digits}f} %"
 
@@ -96,5 +102,5 @@ def _what(row: dict[str, Any]) -> str:
     if config["features"] != "none":
         how = f"on fixed {config['features']} features"
     if config["weights"]:
-        how = f"ImageNet weights, {PARTS[config['trainable']]}, {config['image_size']} pixels"
+        how = f"ImageNet weights, {_part(config)}, {config['image_size']} pixels"
     return f"{config['model']} on {config['data']} ({row['training_examples']:,} examples), {how}"

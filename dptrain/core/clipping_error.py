@@ -18,8 +18,9 @@ of n terms of one sign is off by gamma_(n - 1) of itself at most, in whatever or
                of real numbers; what remains is the rounding of that addition, D = gamma_8.
 
 2. The square root, S C rounded to the type, the quotient and its minimum with 1 lose less than 16 u together,
-   if each is off by 4 u at most: compilers for GPUs approximate roots and quotients. An engine that rounds
-   c g element by element adds u, which is in the 16 u.
+   if each is off by 4 u at most: compilers for GPUs approximate roots and quotients, and where C is an
+   argument of what is compiled, C, S and their product are rounded each. An engine that rounds c g element
+   by element adds u, which is in the 16 u.
 
 So c |g| <= S C (1 + 16 u) sqrt((1 + d t / (S C)^2) / (1 - D)), and
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from dptrain.core import checks
 from dptrain.core.clip_rules import Quantile
 from dptrain.core.entropy import Key
+from dptrain.core.mechanism import Mechanism
 from dptrain.core.noise import noisy_mean
 from dptrain.core.releases import Numbers
 from dptrain.core.spec import StepSpec
@@ -61,6 +62,26 @@ class FollowedClipNorm:
         moved = self.clip_norm * math.exp(-self.rule.learning_rate * (share - self.rule.quantile))
         first = self.rule.clip_norm
         return min(max(moved, first / FURTHEST), first * FURTHEST)
+
+
+def followed(mechanism: Mechanism, clip_norm: float | None = None) -> FollowedClipNorm | None:
+    """The clip norm of a mechanism whose clip norm follows a quantile; None of any other.
+
+    Args:
+        clip_norm: that a run which goes on has come to.
+
+    Raises:
+        ValueError: there is a clip norm, and nothing to follow; or not all steps follow the same quantile.
+    """
+    rules = {spec.clip_rule for spec, _ in mechanism.segments}
+    rule = next((rule for rule in rules if isinstance(rule, Quantile)), None)
+    if rule is None:
+        if clip_norm is not None:
+            raise ValueError("the clip norm is the mechanism's; leave clip_norm out.")
+        return None
+    if len(rules) > 1:
+        raise ValueError("a clip norm follows one quantile; give all steps of the mechanism the same rule.")
+    return FollowedClipNorm(rule, clip_norm)
 
 
 def released(gradient: Numbers, moved: float | None) -> Numbers:

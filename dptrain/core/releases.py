@@ -163,6 +163,8 @@ def releases_of(mechanism: Mechanism, ledger: Ledger | None, key: Key | None, ta
     """
     if key is not None and not isinstance(key, Key):
         raise TypeError("key must be a dptrain.core.entropy.Key: Key.from_entropy() makes one.")
+    if mechanism.is_correlated and taken and key is None:
+        raise ValueError("the mechanism's noise depends on that of earlier steps: go on with the same key.")
     repeats = key is not None and ledger is not None
     releases = Releases(mechanism, ledger, key or Key.from_entropy(), repeats=repeats)
     if checks.whole("taken", taken, minimum=0) > releases.count:

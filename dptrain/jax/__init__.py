@@ -11,6 +11,7 @@ from . import denoise
 from .accumulate import Accumulator, accumulate
 from .clipped_sum import ClippedSum
 from .clipping import ClippedGrad, clipped_grad
+from .correlated import CorrelatedNoise
 from .errors import Refused
 from .private import PrivateTraining, make_private
 from .release import PrivateGradient, private, privatize
@@ -19,6 +20,7 @@ __all__ = [
     "Accumulator",
     "ClippedGrad",
     "ClippedSum",
+    "CorrelatedNoise",
     "PrivateGradient",
     "PrivateTraining",
     "Refused",

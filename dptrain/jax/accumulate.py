@@ -49,10 +49,10 @@ def accumulate(
     own = spread.placement.local_rows(rows)
     way = spread.way((params, jax.tree.map(lambda x: x[:rows], batch)))
 
-    def local(args: tuple, mask: Array) -> ClippedSum:
-        return _in_turns(lambda *args, mask: clipped.local(args, mask, way), *args, mask, own)
+    def local(args: tuple, mask: Array, thresholds: Array) -> ClippedSum:
+        return _in_turns(lambda *args, mask: clipped.local(args, mask, thresholds, way), *args, mask, own)
 
-    return spread.completed(spread.over_devices(local, (params, batch), mask))
+    return spread.completed(spread.over_devices(local, (params, batch), mask, clipped.thresholds))
 
 
 def _zeros(params: Any) -> Any:
@@ -84,17 +84,19 @@ def _in_turns(clip: Callable, params: Any, batch: Any, mask: Array, rows: int) -
 class Accumulator:
     """The sum of a logical batch whose physical batches come from the host, compiled once.
 
-    Holds one set of gradients, which every batch is added to in place. On a mesh each device holds its own,
+    Holds one set of gradients, which every batch is added to in place. The clip rule stays as it is from
+    ``zeros`` to ``finish``. On a mesh each device holds its own,
     and they are added up once, by ``finish``; with ``shard_params`` each holds a shard, to which the
     gradients of all devices are added after each physical batch.
     """
 
     def __init__(self, clipped: ClippedGrad):
-        self.clipped = clipped
+        self.clipped, self._rule = clipped, clipped.rule
         spread = clipped.on_mesh
 
-        def add(total: Any, args: tuple, mask: Array) -> ClippedSum | PartialSum:
-            out = clipped(*args, mask=mask) if spread is None else spread.partial(args, mask)
+        def add(total: Any, args: tuple, mask: Array, thresholds: Array) -> ClippedSum | PartialSum:
+            clip = clipped.local if spread is None else spread.partial
+            out = clip(args, mask, thresholds)
             return replace(out, grads=jax.tree.map(jnp.add, total, out.grads))
 
         self._add = jax.jit(add, donate_argnums=0)
@@ -111,7 +113,7 @@ class Accumulator:
 
     def zeros(self, params: Any) -> Any:
         """The sum of no examples."""
-        spread = self.clipped.on_mesh
+        spread, self._rule = self.clipped.on_mesh, self.clipped.rule
         return self._zeros(params if spread is None else spread.placement.put_params(params))
 
     def add(self, total: Any, *args: Any, mask: Any) -> ClippedSum | PartialSum:
@@ -120,20 +122,34 @@ class Accumulator:
         Args:
             total: of ``zeros``, or the gradients of an earlier sum; its buffers are taken.
             args, mask: as ``ClippedGrad`` takes them.
+
+        Raises:
+            ValueError: the clip rule has changed since ``zeros``.
         """
-        if self.clipped.on_mesh is None:
-            return self._add(total, args, jnp.asarray(mask))
-        return self._add(total, *self.clipped.checked(args, mask))
+        self._check_rule()
+        out = self._add(total, *self.clipped.checked(args, mask), self.clipped.thresholds)
+        return out if isinstance(out, PartialSum) else replace(out, clip_norm=self.clipped.bound)
 
     def finish(self, total: Any) -> ClippedSum:
         """The sum of a logical batch.
 
         Args:
             total: the gradients of the last ``add``; their buffers are taken.
+
+        Raises:
+            ValueError: the clip rule has changed since ``zeros``.
         """
+        self._check_rule()
         none = jnp.zeros(0)
         grads = total if self._finish is None else self._finish(total)
         return ClippedSum(grads, none, none, None, self.clipped.bound)
+
+    def _check_rule(self) -> None:
+        if self.clipped.rule != self._rule:
+            raise ValueError(
+                "the clip rule has changed within a logical batch: set it before the first physical batch "
+                "of one."
+            )
 
     @property
     def compilations(self) -> int:

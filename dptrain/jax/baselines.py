@@ -55,7 +55,7 @@ def vectorised(rule: ClipRule) -> Callable:
         gradients = [_wide(g) for g in gradients]
         by_part = _squared_by_part(rule, call, gradients, 1)
         squared, joined = whole(by_part), clipping_error.chain(len(call.parameters))
-        factors = factors_by_part(rule, by_part, mask, call.parameters, joined)
+        factors = factors_by_part(rule, by_part, mask, call, joined)
         part_of = rule.partition(call.names)
 
         def together() -> tuple:
@@ -92,7 +92,7 @@ def looped(rule: ClipRule) -> Callable:
             (loss, aux), grads = gradient(call.parameters, example)
             grads = [_wide(g) for g in grads]
             by_part = _squared_by_part(rule, call, grads, 0)
-            factors = factors_by_part(rule, by_part, here, call.parameters, joined)
+            factors = factors_by_part(rule, by_part, here, call, joined)
             weights = [factors[part] for part in part_of]
             sums = [s + jnp.where(w > 0, w.astype(g.dtype) * g, 0) for s, w, g in zip(sums, weights, grads)]
             return sums, (jnp.sqrt(whole(by_part)), loss, aux)

@@ -47,7 +47,7 @@ class ByUses:
         squared = whole(by_part)
         within = max((len(part.uses) + len(part.group.values) for part in self.plan.parts), default=1)
         parts = clipping_error.chain(within) + clipping_error.chain(max(1, len(self.plan.parts)))
-        factors = factors_by_part(self.rule, by_part, mask, call.parameters, parts)
+        factors = factors_by_part(self.rule, by_part, mask, call, parts)
         if self.plan.second_backward:
             # Behind a barrier, or the compiler would find that it has all this already.
             again, factors = lax.optimization_barrier((call.data, factors))

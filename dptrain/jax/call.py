@@ -16,6 +16,7 @@ class Call:
         parameters, data, others: leaves; those of the data have the examples leading.
         loss: from ``(parameters, data of one example, others)`` to ``[scalar, *aux leaves]``.
         names: of the parameters, for messages.
+        thresholds: of the clip rule's parts, ``[parts]``.
     """
 
     parameters: list[Array]
@@ -23,6 +24,7 @@ class Call:
     others: list[Array]
     loss: Callable[[Sequence, Sequence, Sequence], list]
     names: list[str]
+    thresholds: Array
 
     @property
     def size(self) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
@@ -23,6 +24,7 @@ from .call import Call
 from .capture import Capture
 from .clipped_sum import ClippedSum
 from .errors import Refused
+from .factors import LEAST_CLIP_NORM
 from .on_mesh import OnMesh
 from .placement import Placement, placement
 from .planner import Plan, is_worth_measuring, parts_to_try, routed
@@ -80,8 +82,7 @@ def clipped_grad(
         raise TypeError(f"loss_fn must be a function of (params, example), and is {checks.shown(loss_fn)}.")
     row = methods.resolve(method)
     rule = clip_norm if isinstance(clip_norm, ClipRule) else Flat(checks.number("clip_norm", clip_norm))
-    if not all(1e-12 <= c < float("inf") for c in rule.thresholds):  # below, squares of float32 vanish
-        raise ValueError(f"clip_norm must be at least 1e-12 and finite, and is {min(rule.thresholds)}.")
+    _check_thresholds(rule)
     argnums = checks.whole("argnums", argnums, minimum=0)
     listed = batch_argnums if isinstance(batch_argnums, Sequence) else (batch_argnums,)
     batched = tuple(checks.whole("each of batch_argnums", i, minimum=0) for i in listed)
@@ -117,7 +118,7 @@ class ClippedGrad:
         rows: int | None = None,
         place: Placement | None = None,
     ):
-        self.loss_fn, self.rule, self.method = loss_fn, rule, method
+        self.loss_fn, self._rule, self.method = loss_fn, rule, method
         self.argnums, self.batched, self.has_aux = argnums, batched, has_aux
         self.allow_unused, self.memory_budget, self.rows = allow_unused, memory_budget, rows
         self.on_mesh = None if place is None else OnMesh(self, place)
@@ -135,7 +136,8 @@ class ClippedGrad:
                 floating-point arrays; or rows that cannot be divided among the devices of the mesh.
             Refused: parameters that the loss does not depend on.
         """
-        return self._compiled(*self.checked(args, mask))
+        out = self._compiled(*self.checked(args, mask), self.thresholds)
+        return replace(out, clip_norm=self.bound)
 
     def checked(self, args: tuple, mask: Any = None) -> tuple[tuple, Array]:
         """The arguments and the mask of a call; on a mesh, where they belong."""
@@ -151,6 +153,32 @@ class ClippedGrad:
                 f"shape {mask.shape}."
             )
         return args, mask
+
+    @property
+    def rule(self) -> ClipRule:
+        """Of the next sum. One of the same kind may take its place: nothing is compiled again.
+
+        A function that was compiled around this one keeps the rule that it was traced with.
+
+        Raises:
+            ValueError: it is of another kind, or of other parts.
+        """
+        return self._rule
+
+    @rule.setter
+    def rule(self, rule: ClipRule) -> None:
+        _check_thresholds(rule)
+        if _kind(rule) != _kind(self._rule):
+            raise ValueError(
+                f"this was made for {self._rule.name} clipping in {len(self._rule.thresholds)} parts: for a "
+                "rule of another kind or of other parts, make another clipped_grad."
+            )
+        self._rule = rule
+
+    @property
+    def thresholds(self) -> np.ndarray:
+        """Of the rule's parts, as an argument of what is compiled."""
+        return np.array(self._rule.thresholds, jnp.result_type(float))
 
     @property
     def clip_norm(self) -> float:
@@ -175,7 +203,7 @@ class ClippedGrad:
 
     def _look(self, args: tuple) -> tuple[Plan, Callable, str]:
         found: list[tuple] = []
-        jax.eval_shape(lambda args: found.append(self._planned(self._flat(args)[0])), args)
+        jax.eval_shape(lambda args: found.append(self._planned(self._flat(args, self.thresholds)[0])), args)
         return found[0]
 
     def _batch_size(self, args: Sequence[Any]) -> int:
@@ -196,9 +224,9 @@ class ClippedGrad:
             raise ValueError("a batch needs at least one row: pass any row, and a mask that is False for it.")
         return size
 
-    def local(self, args: tuple, mask: Array, way: str | None = None) -> ClippedSum:
+    def local(self, args: tuple, mask: Array, thresholds: Array, way: str | None = None) -> ClippedSum:
         """What one device does with its rows: ``way`` says how, or it is looked for."""
-        call, tree, aux_tree = self._flat(args)
+        call, tree, aux_tree = self._flat(args, thresholds)
         _, step, _ = self._planned(call, way)
         call = replace(call, data=_stand_ins(call.data, mask))
         sums, norms, losses, aux = step(call, mask)
@@ -206,7 +234,7 @@ class ClippedGrad:
         aux = jax.tree.unflatten(aux_tree(), aux) if self.has_aux else None
         return ClippedSum(grads, jnp.where(mask, norms, 0), jnp.where(mask, losses, 0), aux, self.bound)
 
-    def _flat(self, args: tuple) -> tuple[Call, Any, Callable]:
+    def _flat(self, args: tuple, thresholds: Any) -> tuple[Call, Any, Callable]:
         trees = [jax.tree.flatten(a) for a in args]
         paths = jax.tree_util.tree_leaves_with_path(args[self.argnums])
         names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
@@ -253,7 +281,7 @@ class ClippedGrad:
         data = [x for i in sorted(self.batched) for x in trees[i][0]]
         fixed = [i for i in range(len(args)) if i != self.argnums and i not in self.batched]
         others = [x for i in fixed for x in trees[i][0]]
-        call = Call(parameters, data, others, loss, names)
+        call = Call(parameters, data, others, loss, names, thresholds)
         return call, trees[self.argnums][1], lambda: aux_trees[0]
 
     def _planned(self, call: Call, way: str | None = None) -> tuple[Plan, Callable, str]:
@@ -314,7 +342,9 @@ class ClippedGrad:
 
         def stepping(step: Callable) -> Callable:
             def go(parameters: list, data: list, others: list, mask: Array) -> tuple:
-                return step(replace(call, parameters=parameters, data=data, others=others), mask)
+                known = jnp.asarray(self.thresholds)  # those of the call are being traced
+                here = replace(call, parameters=parameters, data=data, others=others, thresholds=known)
+                return step(here, mask)
 
             return go
 
@@ -336,6 +366,17 @@ class ClippedGrad:
                 f"the loss does not depend on {listed}: leave out of the parameters what is not trained, or "
                 "pass allow_unused=True to give it noise and nothing else."
             )
+
+
+def _check_thresholds(rule: ClipRule) -> None:
+    if not all(LEAST_CLIP_NORM <= c < float("inf") for c in rule.thresholds):
+        least = min(rule.thresholds)
+        raise ValueError(f"clip_norm must be at least {LEAST_CLIP_NORM:g} and finite, and is {least}.")
+
+
+def _kind(rule: ClipRule) -> tuple:
+    """All of a rule that a compiled step depends on."""
+    return type(rule), rule.stability, len(rule.thresholds), getattr(rule, "patterns", None)
 
 
 def _stand_ins(data: list[Array], mask: Array) -> list[Array]:

@@ -11,27 +11,34 @@ from dptrain.core import clipping_error
 from dptrain.core.clip_rules import ClipRule
 from dptrain.core.clipping_error import LEVEL
 
+from .call import Call
+
+LEAST_CLIP_NORM = 1e-12
+"""Below, squares of float32 vanish. What is compiled serves every clip norm from here on."""
+
 
 def factors_by_part(
-    rule: ClipRule, squared: Sequence[Array], mask: Array, parameters: Sequence[Array], parts: int
+    rule: ClipRule, squared: Sequence[Array], mask: Array, call: Call, parts: int
 ) -> list[Array]:
     """Clip factors for each part of the rule; 0 in all where the gradient is not finite in one.
 
     Args:
-        squared: squared norms over the parameters of each part; the others as for ``clip_factors``.
+        squared: squared norms over the parameters of each part; mask and parts as for ``clip_factors``.
+        call: with the thresholds that count. Those of the rule may be others: what is compiled for one rule
+            serves all of its kind.
     """
     for each in squared if len(squared) > 1 else ():
         mask = mask & jnp.isfinite(each)
     return [
-        clip_factors(each, mask, threshold, parameters, parts, rule.stability)
-        for each, threshold in zip(squared, rule.thresholds, strict=True)
+        clip_factors(each, mask, call.thresholds[part], call.parameters, parts, rule.stability)
+        for part, each in enumerate(squared)
     ]
 
 
 def clip_factors(
     squared: Array,
     mask: Array,
-    clip_norm: float,
+    clip_norm: Array,
     parameters: Sequence[Array],
     parts: int,
     stability: float | None = None,
@@ -47,11 +54,12 @@ def clip_factors(
     norm = jnp.sqrt(squared)
     elements = sum(p.size for p in parameters)
     narrowest = min(jnp.dtype(norm_type([p])).name for p in parameters)  # "float32" < "float64"
-    margin = clipping_error.margin(narrowest, elements, parts, clip_norm, clipping_error.LEVELS)
+    margin = clipping_error.margin(narrowest, elements, parts, LEAST_CLIP_NORM, clipping_error.LEVELS)
+    limit = clip_norm.astype(norm.dtype) * margin
     if stability is None:
-        factor = jnp.minimum(1.0, clip_norm * margin / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
+        factor = jnp.minimum(1.0, limit / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
     else:
-        factor = clip_norm * margin / (norm + stability)
+        factor = limit / (norm + stability)
     return jnp.where(mask & jnp.isfinite(squared), factor, 0.0)
 
 

@@ -71,33 +71,38 @@ class OnMesh:
             self._agreed[name] = Processes().tell(self.clipped.way(self.shapes(args)))
         return args, place.put_rows(mask), size
 
-    def clip(self, args: tuple, mask: Array) -> ClippedSum:
+    def clip(self, args: tuple, mask: Array, thresholds: Array) -> ClippedSum:
         """The sum of a physical batch, complete."""
-        return self.completed(self.partial(args, mask))
+        return self.completed(self.partial(args, mask, thresholds))
 
     def completed(self, out: PartialSum) -> ClippedSum:
         """Added up over the devices."""
         grads = self.placement.complete(out.grads)
         return ClippedSum(grads, out.norms, out.losses, out.aux, self.clipped.bound)
 
-    def partial(self, args: tuple, mask: Array) -> PartialSum:
+    def partial(self, args: tuple, mask: Array, thresholds: Array) -> PartialSum:
         """The sum of a physical batch, which the devices have yet to add up."""
         way = self.way(args)
-        return self.over_devices(lambda args, mask: self.clipped.local(args, mask, way), args, mask)
 
-    def over_devices(self, local: Callable, args: tuple, mask: Array) -> PartialSum:
-        """``local(args, mask) -> ClippedSum`` by each device on its rows and whole parameters."""
+        def local(args: tuple, mask: Array, thresholds: Array) -> ClippedSum:
+            return self.clipped.local(args, mask, thresholds, way)
+
+        return self.over_devices(local, args, mask, thresholds)
+
+    def over_devices(self, local: Callable, args: tuple, mask: Array, thresholds: Array) -> PartialSum:
+        """``local(args, mask, thresholds) -> ClippedSum`` by each device on its rows and whole parameters."""
         place, number = self.placement, self.clipped.argnums
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), args[number])
 
-        def body(args: tuple, mask: Array) -> PartialSum:
+        def body(args: tuple, mask: Array, thresholds: Array) -> PartialSum:
             params = place.whole(args[number], shapes)
-            out = local((*args[:number], params, *args[number + 1 :]), mask)
+            out = local((*args[:number], params, *args[number + 1 :]), mask, thresholds)
             return PartialSum(place.part(out.grads), out.norms, out.losses, out.aux)
 
         rows = place.rows
         outputs = PartialSum(place.incomplete(shapes), rows, rows, rows)  # type: ignore[arg-type]
-        return place.over_devices(body, (self._inputs(args), rows), outputs)(args, mask)
+        inputs = self._inputs(args), rows, PartitionSpec()
+        return place.over_devices(body, inputs, outputs)(args, mask, thresholds)
 
     def shapes(self, args: tuple) -> tuple:
         """Those of what each device has: its rows, and whole parameters."""

@@ -12,19 +12,23 @@ import optax
 from jax.sharding import Mesh
 
 from dptrain.core import checks
+from dptrain.core.clip_rules import ClipRule, Flat
 from dptrain.core.entropy import Key
 from dptrain.core.ledger import Ledger
 from dptrain.core.mechanism import Mechanism
+from dptrain.core.quantile import FollowedClipNorm, followed, released
 from dptrain.core.release import Step, check_dataset_size
 from dptrain.core.releases import NotTheSame, Releases, releases_of
 from dptrain.core.sampling import LogicalSampler, PhysicalBatch, physical_batches
 from dptrain.core.shared_releases import SharedReleases
+from dptrain.core.spec import StepSpec
 
 from .accumulate import Accumulator
 from .clipping import clipped_grad
+from .correlated import CorrelatedNoise
 from .hosts import Processes, check_the_same
 from .placement import Placement, placement
-from .release import PrivateGradient, private, privatize, refuse_what_is_for_torch
+from .release import PrivateGradient, check_noise_is_known, private, privatize, refuse_what_is_for_torch
 
 
 class PrivateTraining:
@@ -48,10 +52,15 @@ class PrivateTraining:
         releases: Releases | SharedReleases,
         taken: int,
         place: Placement | None = None,
+        follow: FollowedClipNorm | None = None,
     ):
         self.mechanism, self.physical_batch_size, self.masked = mechanism, physical_batch_size, masked
         options = {} if place is None else {"mesh": place.mesh, "shard_params": place.shard_params}
-        clipped = clipped_grad(loss_fn, clip_norm=mechanism.clip_rule, method=method, **options)
+        self._follow = follow
+        rules = [self._rule(spec) for spec, _ in mechanism.segments]
+        clipped = clipped_grad(loss_fn, clip_norm=rules[0], method=method, **options)
+        for rule in rules:
+            clipped.rule = rule  # one that cannot take the first one's place is refused now
         self.accumulator = Accumulator(clipped)
         chain = private(optimizer)
         self._data, self._releases, self._taken, self._place = dataset, releases, taken, place
@@ -77,6 +86,17 @@ class PrivateTraining:
         return self._taken
 
     @property
+    def clip_norm(self) -> float:
+        """Of the next step. Where it follows a quantile, save it with the parameters: it is public."""
+        if self._follow is not None:
+            return self._follow.clip_norm
+        return self.mechanism.step(min(self._taken, self.mechanism.steps - 1)).sensitivity
+
+    def _rule(self, spec: StepSpec) -> ClipRule:
+        """By which a step's gradients are clipped."""
+        return Flat(self._follow.clip_norm) if self._follow else spec.clip_rule
+
+    @property
     def epsilon(self) -> float:
         """Spent so far, at the mechanism's delta, by all releases on record."""
         return self.mechanism.epsilon(steps=self._releases.count)
@@ -87,22 +107,46 @@ class PrivateTraining:
         if self._place is not None:  # what was saved may have been put in place of the first ones
             self.params = self._place.put_params(self.params)
             self.optimizer_state = self._place.put_shards(self.optimizer_state)
+        noise = self._correlated()
         while self._releases.may_go_on(self._taken):
-            spec = self.mechanism.step(self._taken)
-            clipped = self.accumulator(self.params, self._batches(spec))
+            spec, follow = self.mechanism.step(self._taken), self._follow
+            self.accumulator.clipped.rule = self._rule(spec)
+            sums, centred = self.accumulator.zeros(self.params), 0.0
+            for batch, mask in self._batches(spec):
+                clipped = self.accumulator.add(sums, self.params, batch, mask=mask)
+                sums = clipped.grads
+                if follow:
+                    centred += follow.centred(np.asarray(clipped.norms)[mask])
             key = self._releases.key.child("noise", self._taken)
-            gradient = privatize(clipped, spec, key, donate=True)
+            sum_spec = follow.step(spec) if follow else spec
+            gradient = privatize(self.accumulator.finish(sums), sum_spec, key, donate=True, noise=noise)
+            moved = follow.moved(centred, spec, key) if follow else None
             try:
-                self._releases.before(self._taken, spec, gradient.on_host)
+                self._releases.before(self._taken, spec, released(gradient.on_host, moved))
             except NotTheSame:  # nothing of it was used
                 self._releases.draw_afresh()
                 continue
+            if follow:
+                follow.clip_norm = moved
             self._taken += 1
-            self.params, self.optimizer_state = self._apply(self.params, self.optimizer_state, gradient)
+            self.params, self.optimizer_state = self._apply(
+                self.params, self.optimizer_state, gradient.without_step()
+            )
             spent = self.mechanism.epsilon_so_far(self._releases.count) if known else None
             yield Step(self._taken, total, spent)
 
-    def _batches(self, spec: Any) -> Iterator[tuple[Any, np.ndarray]]:
+    def _correlated(self) -> CorrelatedNoise | None:
+        """The noise of the steps so far, of a mechanism whose noise is correlated."""
+        spec = self.mechanism.step(0)
+        if spec.correlation is None:
+            return None
+        noise, key = CorrelatedNoise(spec.correlation), self._releases.key
+        zeros = self.accumulator.zeros(self.params)
+        like = self.accumulator.finish(zeros).grads
+        noise.catch_up(self._taken, like, spec, lambda index: key.child("noise", index))
+        return noise
+
+    def _batches(self, spec: StepSpec) -> Iterator[tuple[Any, np.ndarray]]:
         sampler = LogicalSampler(examples(self._data), spec.sampling, self._releases.key.child("sampling"))
         place, size = self._place, self.physical_batch_size
         if place is not None:
@@ -151,6 +195,7 @@ def make_private(
     taken: int = 0,
     mesh: Mesh | None = None,
     shard_params: bool = False,
+    clip_norm: float | None = None,
 ) -> PrivateTraining:
     """Train parameters with an optax optimizer under differential privacy.
 
@@ -178,6 +223,8 @@ def make_private(
             those of process 0: the others learn the key from it and pass no ledger. Each reads the
             examples of its own devices.
         shard_params: the parameters lie in shards as well.
+        clip_norm: of a mechanism whose clip norm follows a quantile: what ``PrivateTraining.clip_norm`` was
+            when the parameters were saved.
 
     Raises:
         TypeError, ValueError: in one sentence, before any budget is spent.
@@ -200,7 +247,11 @@ def make_private(
     check_dataset_size(mechanism, size)
     if mesh is not None and not masked:
         raise ValueError("masked=False is for one device: on a mesh all have batches of one shape.")
-    place = placement(mesh, shard_params)
+    if mechanism.is_correlated:
+        check_noise_is_known(optimizer, params)
+    place, follow = placement(mesh, shard_params), followed(mechanism, clip_norm)
+    if follow is not None and place is not None and place.has_others:
+        raise ValueError("a clip norm that follows a quantile is counted in one process: use another rule.")
     # No batch is ever larger.
     most = size if place is None else -(-size // place.devices)
     physical_batch_size = min(checks.whole("physical_batch_size", physical_batch_size), most)
@@ -226,4 +277,5 @@ def make_private(
         releases,
         taken,
         place,
+        follow,
     )

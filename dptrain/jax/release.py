@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dptrain.core.clip_rules import Quantile
 from dptrain.core.entropy import Key
 from dptrain.core.mechanism import Mechanism
 from dptrain.core.release import step_to_release
@@ -22,6 +21,7 @@ from dptrain.core.spec import StepSpec
 
 from . import hosts
 from .clipped_sum import ClippedSum
+from .correlated import CorrelatedNoise
 from .noise import noisy_mean
 
 _DOOR = object()
@@ -35,7 +35,7 @@ class PrivateGradient:
 
     Attributes:
         grads: like the parameters, ``(clipped sum + noise) / L``, in float32 or better.
-        spec: the step of the mechanism that it spends.
+        spec: the step of the mechanism that it spends; None of `without_step`.
         reproducible: whether its noise can be recomputed from a seed, which voids the guarantee against
             whoever knows the seed.
         noise_variance: of the noise in each coordinate of `grads`, which is public; None where it is not
@@ -45,7 +45,12 @@ class PrivateGradient:
     __slots__ = ("grads", "noise_variance", "reproducible", "spec")
 
     def __init__(
-        self, grads: Any, spec: StepSpec, reproducible: bool, noise_variance: Any = None, door: Any = None
+        self,
+        grads: Any,
+        spec: StepSpec | None,
+        reproducible: bool,
+        noise_variance: Any = None,
+        door: Any = None,
     ):
         if door is not _DOOR:
             raise TypeError("only dptrain.jax.privatize makes a PrivateGradient.")
@@ -71,16 +76,26 @@ class PrivateGradient:
         leaves, _ = jax.tree_util.tree_flatten_with_path(self.grads)
         return {jax.tree_util.keystr(path): hosts.gathered(leaf) for path, leaf in leaves}
 
+    def without_step(self) -> PrivateGradient:
+        """The same without ``spec``, which a function that is compiled for one step is compiled again for."""
+        return PrivateGradient(self.grads, None, self.reproducible, self.noise_variance, _DOOR)
+
     def tree_flatten(self) -> tuple:
-        return (self.grads,), (self.spec, self.reproducible, self.noise_variance)
+        return (self.grads, self.noise_variance), (self.spec, self.reproducible)
 
     @classmethod
     def tree_unflatten(cls, known: tuple, children: tuple) -> PrivateGradient:
-        return cls(children[0], *known, door=_DOOR)
+        grads, noise_variance = children
+        return cls(grads, *known, noise_variance, door=_DOOR)
 
 
 def privatize(
-    clipped_sum: ClippedSum, mechanism: Mechanism | StepSpec, key: Key, *, donate: bool = False
+    clipped_sum: ClippedSum,
+    mechanism: Mechanism | StepSpec,
+    key: Key,
+    *,
+    donate: bool = False,
+    noise: CorrelatedNoise | None = None,
 ) -> PrivateGradient:
     """Add the step's noise to a clipped sum and divide by the public expected batch size.
 
@@ -93,10 +108,13 @@ def privatize(
         key: this step's own, for example ``run_key.child("noise", step)``: a key that is used twice
             repeats its noise.
         donate: give the sum's buffers away to the gradient; the sum cannot be used afterwards.
+        noise: of a mechanism whose noise is correlated: that of its earlier steps, to which this one's is
+            added. The gradient has to be used, or the run to end.
 
     Raises:
         TypeError: not a clipped sum, a mechanism or a key; or it is called inside of ``jax.jit``.
-        ValueError: the sum was clipped to another norm than the mechanism says, or the mechanism is hardened.
+        ValueError: the sum was clipped to another norm than the mechanism says, the mechanism is hardened, or
+            its noise is correlated and that of earlier steps is missing.
     """
     if not isinstance(clipped_sum, ClippedSum):
         raise TypeError(f"privatize takes a ClippedSum, and was given {type(clipped_sum).__name__}.")
@@ -109,26 +127,45 @@ def privatize(
         )
     refuse_what_is_for_torch(mechanism)
     spec = step_to_release(mechanism, clipped_sum.clip_norm)
+    if (spec.correlation is None) != (noise is None):
+        raise ValueError(
+            "a mechanism of correlated noise needs a CorrelatedNoise of its steps, and only such one."
+        )
+    if noise is not None:
+        drawn = noise.next(clipped_sum.grads, spec, key)
+        mean = (_onto_donated if donate else _onto)(clipped_sum.grads, drawn, spec.expected_batch_size)
+        return PrivateGradient(mean, spec, key.reproducible, None, _DOOR)  # its variance changes
     mean = noisy_mean(clipped_sum.grads, spec.noise_stddev, spec.expected_batch_size, key, donate)
     return PrivateGradient(mean, spec, key.reproducible, spec.mean_noise_variance, _DOOR)
 
 
+def _added(sums: Any, noise: Any, batch_size: Any) -> Any:
+    return jax.tree.map(lambda total, z: z + total / batch_size, sums, noise)
+
+
+_onto = jax.jit(_added)
+_onto_donated = jax.jit(_added, donate_argnums=0)
+
+
 def refuse_what_is_for_torch(mechanism: Mechanism | StepSpec) -> None:
-    """Raises ValueError: the mechanism is hardened, or its clip norm changes."""
+    """Raises ValueError: the mechanism is hardened."""
     steps = [spec for spec, _ in mechanism.segments] if isinstance(mechanism, Mechanism) else [mechanism]
     if any(isinstance(spec, StepSpec) and spec.grid is not None for spec in steps):
         raise ValueError(
             "JAX's sums are in floating point, and this mechanism's on an integer grid: use one that is not "
             "hardened, or dptrain.torch."
         )
-    if any(isinstance(spec, StepSpec) and spec.correlation is not None for spec in steps):
-        raise ValueError("correlated noise is drawn by dptrain.torch: use another mechanism, or that.")
-    rules = {spec.clip_rule for spec in steps if isinstance(spec, StepSpec)}
-    if len(rules) > 1 or any(isinstance(rule, Quantile) for rule in rules):
-        raise ValueError(
-            "JAX's steps are compiled for one clip norm, and this mechanism's changes: use another, or "
-            "dptrain.torch."
-        )
+
+
+def check_noise_is_known(optimizer: optax.GradientTransformation, params: Any) -> None:
+    """Refuse an optimizer that must know the noise of each gradient, for a mechanism where that is not known.
+
+    Raises:
+        ValueError: it says so.
+    """
+    gradient = PrivateGradient(params, None, False, None, _DOOR)
+    chain = private(optimizer)
+    jax.eval_shape(lambda: chain.update(gradient, chain.init(params), params))
 
 
 def private(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

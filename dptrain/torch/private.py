@@ -14,11 +14,11 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from dptrain.core import checks
-from dptrain.core.clip_rules import Flat, Quantile
+from dptrain.core.clip_rules import Flat
 from dptrain.core.entropy import Key
 from dptrain.core.ledger import Ledger
 from dptrain.core.mechanism import Mechanism
-from dptrain.core.quantile import FollowedClipNorm, released
+from dptrain.core.quantile import FollowedClipNorm, followed, released
 from dptrain.core.release import Step, check_dataset_size
 from dptrain.core.releases import NotTheSame, Numbers, Releases, releases_of
 from dptrain.core.sampling import LogicalSampler, PhysicalBatch, physical_batch_count, physical_batches, share
@@ -300,11 +300,8 @@ def make_private(
     _check_noise_is_known(mechanism, optimizer)
     check_dataset_size(mechanism, len(loader.dataset))
     ranks = all_ranks() if ranks is None else ranks
-    if mechanism.is_correlated and (not ranks.alone or (taken and key is None)):
-        raise ValueError(
-            "the mechanism's noise depends on that of earlier steps: train in one process, and go on with "
-            "the same key."
-        )
+    if mechanism.is_correlated and not ranks.alone:
+        raise ValueError("the mechanism's noise depends on that of earlier steps: train in one process.")
     follow = _follow(mechanism, clip_norm, compile, ranks)
     if not isinstance(physical_batch_size, str):
         size = checks.whole("physical_batch_size", physical_batch_size)
@@ -353,17 +350,10 @@ def _follow(
     mechanism: Mechanism, clip_norm: float | None, compile: bool, ranks: Ranks
 ) -> FollowedClipNorm | None:
     """The clip norm of a mechanism whose clip norm follows a quantile."""
-    rules = {spec.clip_rule for spec, _ in mechanism.segments}
-    rule = next((rule for rule in rules if isinstance(rule, Quantile)), None)
-    if rule is None:
-        if clip_norm is not None:
-            raise ValueError("the clip norm is the mechanism's; leave clip_norm out.")
-        return None
-    if len(rules) > 1:
-        raise ValueError("a clip norm follows one quantile; give all steps of the mechanism the same rule.")
-    if compile or not ranks.alone:
+    follow = followed(mechanism, clip_norm)
+    if follow is not None and (compile or not ranks.alone):
         raise ValueError(
             "a clip norm that follows a quantile changes at every step, and is counted in one process: leave "
             f"out {'compile' if compile else 'the other ranks'}."
         )
-    return FollowedClipNorm(rule, clip_norm)
+    return follow

@@ -86,11 +86,8 @@ def check(config: TrainConfig) -> None:
         raise ConfigError("--hardened clips gradients as a whole, to one norm: leave out the other rule.")
     if config.noise_bands > 1:
         _check_correlated(config)
-    if config.engine == "jax" and config.clip_ramp != 1:
-        raise ConfigError("--clip-ramp is for --engine torch; the JAX engine compiles for one clip norm.")
     if config.clip_rule == "quantile":
         for other, given in (
-            ("--engine jax", config.engine == "jax"),
             ("--compile", config.compile),
             ("--clip-ramp", config.clip_ramp != 1),
         ):
@@ -144,7 +141,6 @@ def check(config: TrainConfig) -> None:
 def _check_correlated(config: TrainConfig) -> None:
     """What noise that is correlated over steps does not go with."""
     others = {
-        "--engine jax": config.engine == "jax",
         "--hardened": config.hardened,
         "--clip-rule quantile": config.clip_rule == "quantile",
         "--max-logical-batch-size": config.max_logical_batch_size is not None,

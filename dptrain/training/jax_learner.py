@@ -21,7 +21,10 @@ from jax.sharding import Mesh, PartitionSpec
 from torch import nn
 
 from dptrain import jax as dpj
+from dptrain.core.clip_rules import ClipRule, Flat
 from dptrain.core.entropy import Key
+from dptrain.core.quantile import FollowedClipNorm, followed, released
+from dptrain.core.spec import StepSpec
 from dptrain.models.jax import translated
 from dptrain.optim.averaging import warmed_decay
 from dptrain.optim.wire import Wire, wire
@@ -77,9 +80,10 @@ class JaxLearner:
                 self.optimizer_state = self.optimizer_state, dpj.denoise.begin(self.params)
             self.average = jax.tree.map(jnp.copy, self.params) if config.weight_average else None
         mesh = Mesh(np.array(devices), ("devices",)) if len(devices) > 1 else None
+        self.follow = followed(run.mechanism) if run.is_private else None
         clipped = dpj.clipped_grad(
             self._loss,
-            clip_norm=run.mechanism.clip_rule,
+            clip_norm=self._rule(run.mechanism.step(0)),
             method=run.method,
             batch_argnums=(1, 2),
             mesh=mesh,
@@ -154,30 +158,53 @@ class JaxLearner:
     def _steps(self, key: Key, before_release: BeforeRelease) -> Iterator[Step]:
         run = self.run
         batches = pieces(run, self.size * self.devices, key, self.taken)
+        correlated = self._correlated(key)
         for index in range(self.taken, run.mechanism.steps):
-            spec = run.mechanism.step(index)
+            spec, follow = run.mechanism.step(index), self.follow
+            self.accumulator.clipped.rule = self._rule(spec)
             total, parts, point = self.accumulator.zeros(self.params), [], self._point()
+            centred = 0.0
             drawn = key.child("forward", index)
             for number, (batch, mask, is_last) in enumerate(batches):
                 with random_state(drawn.child(number), torch.device("cpu")):
                     batch = augmented(run, batch)
                 out = self._add(total, point, _arrays(batch), mask.cpu().numpy())
                 total = out.grads
+                if follow:
+                    centred += follow.centred(np.asarray(out.norms)[mask.cpu().numpy()])
                 if run.config.show_unprotected:
                     parts.append((_tensor(out.losses), _tensor(out.norms), mask.cpu()))
                 if is_last:
                     break
             clipped = self.accumulator.finish(total)
-            gradient = dpj.privatize(clipped, spec, key.child("noise", index), donate=True)
-            before_release(index, spec, gradient.on_host)
+            noise, sum_spec = key.child("noise", index), follow.step(spec) if follow else spec
+            gradient = dpj.privatize(clipped, sum_spec, noise, donate=True, noise=correlated)
+            moved = follow.moved(centred, spec, noise) if follow else None
+            before_release(index, spec, released(gradient.on_host, moved))
             self.is_whole = False
+            if follow:
+                follow.clip_norm = moved
             # As torch's average: it begins with the weights after the first step.
             decay = jnp.float32(warmed_decay(run.config.weight_average, index) if index else 0.0)
             self.params, self.optimizer_state, self.average = self._apply(
-                self.params, self.optimizer_state, self.average, gradient, decay
+                self.params, self.optimizer_state, self.average, gradient.without_step(), decay
             )
             self.taken, self.is_whole = index + 1, True
             yield Step(self.taken, unprotected(parts, spec) if parts else None)
+
+    def _correlated(self, key: Key) -> dpj.CorrelatedNoise | None:
+        """The noise of the steps so far, of a mechanism whose noise is correlated."""
+        spec = self.run.mechanism.step(0)
+        if spec.correlation is None:
+            return None
+        noise = dpj.CorrelatedNoise(spec.correlation)
+        like = self.accumulator.finish(self.accumulator.zeros(self.params)).grads
+        noise.catch_up(self.taken, like, spec, lambda index: key.child("noise", index))
+        return noise
+
+    def _rule(self, spec: StepSpec) -> ClipRule:
+        """By which a step's gradients are clipped."""
+        return Flat(self.follow.clip_norm) if self.follow else spec.clip_rule
 
     def state(self) -> State:
         """Of what optax keeps, the leaves in the order of its tree."""
@@ -186,7 +213,7 @@ class JaxLearner:
         tensors |= {f"optimizer/{number}": _tensor(x) for number, x in enumerate(leaves)}
         if self.average is not None:
             tensors |= {f"average/{name}": _tensor(x) for name, x in self.average.items()}
-        return State(tensors, {})
+        return State(tensors, {} if self.follow is None else {"clip_norm": self.follow.clip_norm})
 
     def restore(self, taken: int, state: State) -> None:
         with self._settings():
@@ -198,6 +225,8 @@ class JaxLearner:
             if self.average is not None:
                 self.average = _put(self.average, under("average", state.tensors))
         self._put_where_they_belong()
+        if self.follow is not None:
+            self.follow = FollowedClipNorm(self.follow.rule, state.numbers.get("clip_norm"))
         self.taken = taken
 
     def _put_where_they_belong(self) -> None:

@@ -12,9 +12,8 @@ from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from dptrain import torch as dpt
-from dptrain.core.clip_rules import Quantile
 from dptrain.core.entropy import Key
-from dptrain.core.quantile import FollowedClipNorm
+from dptrain.core.quantile import FollowedClipNorm, followed
 from dptrain.core.releases import Numbers
 from dptrain.core.spec import StepSpec
 from dptrain.optim import average_of, build_optimizer, build_schedule
@@ -122,8 +121,7 @@ class TorchLearner:
         self.average = average_of(run.learner, config.weight_average) if config.weight_average else None
         self.denoiser = dpt.Denoiser(run.learner, config.denoise) if config.denoise else None
         self.clipped: dpt.ClippedGrad | None = None
-        rule = run.mechanism.step(0).clip_rule
-        self.follow = FollowedClipNorm(rule) if isinstance(rule, Quantile) and run.is_private else None
+        self.follow = followed(run.mechanism) if run.is_private else None
 
     def _build_optimizer(self) -> None:
         config = self.run.config

@@ -43,7 +43,9 @@ def worst(sizes) -> float:
     @jax.jit
     def factors(rows):
         here = jnp.ones(len(rows), bool)
-        return [clip_factors(sum_of_squares([rows], 1), here, c, [rows[0]], 1) for c in (1e-12, 0.7)]
+        return [
+            clip_factors(sum_of_squares([rows], 1), here, jnp.asarray(c), [rows[0]], 1) for c in (1e-12, 0.7)
+        ]
 
     for size in sizes:
         for row in kinds(size):

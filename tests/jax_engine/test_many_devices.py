@@ -174,7 +174,7 @@ def test_what_devices_tell_each_other(shard_params):
     out = accumulator.finish(total)
     divided, rest = 5 * 8 + 8 + 8 * 3, 3
     gradient = dpj.privatize(out, MECHANISM, KEY)
-    for_a_physical_batch = sent(accumulator._add, accumulator.zeros(params), args, mask)
+    for_a_physical_batch = sent(accumulator._add, accumulator.zeros(params), args, mask, clipped.thresholds)
     for_a_logical_batch = sent(accumulator._finish, accumulator.zeros(params))
     for_a_step = sent(task._apply, task.params, task.optimizer_state, gradient)
     of_noise = sent(noise._drawn, out.grads, noise.noise_words(KEY), 1.0, 1.0)

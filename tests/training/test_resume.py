@@ -84,6 +84,8 @@ VARIANTS = [
     {"compress": "public-topk", "keep": 0.1, "public_examples": 50, "error_feedback": True},
     {"optimizer": "accumulated-momentum"},
     {"engine": "jax", "model": "mlp", "optimizer": "adam-bc", "denoise": 0.5, "lr": 1e-2},
+    {"engine": "jax", "model": "mlp", "clip_rule": "quantile", "accountant": "rdp"},
+    {"engine": "jax", "model": "mlp", "noise_bands": 4},
 ]
 
 

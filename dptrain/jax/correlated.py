@@ -1,0 +1,59 @@
+"""The noise of consecutive steps of a mechanism whose noise is correlated (``core/correlated.py``)."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dptrain.core.entropy import Key
+from dptrain.core.spec import StepSpec
+
+from .noise import noisy_mean
+
+
+class CorrelatedNoise:
+    """Draws Z_0, Z_1, ..., each from those before it, of which it keeps bands - 1: secret, like a key.
+
+    Attributes:
+        steps: how many have been drawn.
+    """
+
+    def __init__(self, coefficients: tuple[float, ...]):
+        first, *others = coefficients
+        self._earlier: deque[Any] = deque(maxlen=len(others))
+        self.steps = 0
+
+        def combined(drawn: Any, earlier: tuple) -> Any:
+            for c, noise in zip(others, earlier):
+                drawn = jax.tree.map(lambda z, n, c=c: z - c * n, drawn, noise)
+            return jax.tree.map(lambda z: z / first, drawn)
+
+        self._combined = jax.jit(combined)
+
+    def next(self, like: Any, spec: StepSpec, key: Key) -> Any:
+        """Z_t / L, a tree like the sum.
+
+        Args:
+            like: what it will be added to, float32 or better; on a mesh the noise lies where that does.
+            spec: of the step.
+            key: the step's own, used for W_t and nothing else.
+        """
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), like)
+        drawn = noisy_mean(zeros, spec.noise_stddev, spec.expected_batch_size, key, donate=True)
+        drawn = self._combined(drawn, tuple(self._earlier))
+        self._earlier.appendleft(drawn)
+        self.steps += 1
+        return drawn
+
+    def catch_up(self, steps: int, like: Any, spec: StepSpec, key_of: Callable[[int], Key]) -> None:
+        """Draw again what earlier steps had, up to so many in all: of a run that goes on.
+
+        Args:
+            key_of: the key of each of them.
+        """
+        while self.steps < steps:
+            self.next(like, spec, key_of(self.steps))
