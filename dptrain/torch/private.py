@@ -120,7 +120,7 @@ class PrivateTraining:
                         break
             noise, sum_spec = key.child("noise", taken), follow.step(spec) if follow else spec
             gradient = privatize(clipped, sum_spec, noise, donate=True, noise=correlated)
-            moved = follow.moved(centred, spec, noise) if follow else None
+            moved = follow.moved(self._ranks.total(centred), spec, noise) if follow else None
             self._releases.before(taken, spec, released(self._numbers(gradient), moved))
             if follow:
                 follow.clip_norm = moved
@@ -302,7 +302,9 @@ def make_private(
     ranks = all_ranks() if ranks is None else ranks
     if mechanism.is_correlated and not ranks.alone:
         raise ValueError("the mechanism's noise depends on that of earlier steps: train in one process.")
-    follow = _follow(mechanism, clip_norm, compile, ranks)
+    follow = followed(mechanism, clip_norm)
+    if follow is not None and compile:
+        raise ValueError("a clip norm that follows a quantile changes at every step: leave out compile.")
     if not isinstance(physical_batch_size, str):
         size = checks.whole("physical_batch_size", physical_batch_size)
         physical_batch_size = min(size, len(loader.dataset))  # no batch is ever larger
@@ -318,6 +320,8 @@ def make_private(
         ranks.share(t for t in (*model.parameters(), *model.buffers()) if not is_sharded(t))
         if denoiser is not None:
             denoiser.share(ranks)
+        if follow is not None:
+            follow.clip_norm = ranks.tell(follow.clip_norm)
     return PrivateTraining(
         model,
         optimizer,
@@ -344,16 +348,3 @@ def _check_noise_is_known(mechanism: Mechanism, optimizer: torch.optim.Optimizer
             "the optimizer must know the variance of each gradient's noise, and that of correlated noise "
             "changes with the steps: take one that need not, such as torch.optim.Adam."
         )
-
-
-def _follow(
-    mechanism: Mechanism, clip_norm: float | None, compile: bool, ranks: Ranks
-) -> FollowedClipNorm | None:
-    """The clip norm of a mechanism whose clip norm follows a quantile."""
-    follow = followed(mechanism, clip_norm)
-    if follow is not None and (compile or not ranks.alone):
-        raise ValueError(
-            "a clip norm that follows a quantile changes at every step, and is counted in one process: leave "
-            f"out {'compile' if compile else 'the other ranks'}."
-        )
-    return follow

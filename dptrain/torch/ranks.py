@@ -63,6 +63,14 @@ class Ranks(Team):
         self._call(dist.all_reduce, found, op=dist.ReduceOp.MIN)
         return int(found)
 
+    def total(self, number: float) -> float:
+        """The sum of all ranks' numbers, in float64. Called by all."""
+        if self.alone:
+            return number
+        found = self._own(torch.tensor([number], dtype=torch.float64))
+        self._call(dist.all_reduce, found)
+        return float(found)
+
     def share(self, tensors: Iterable[Tensor]) -> None:
         """Give all ranks what rank 0 has in these tensors, in place. Called by all."""
         if self.alone:

@@ -130,7 +130,7 @@ def logical_steps(
                     break
         noise, sum_spec = key.child("noise", index), follow.step(spec) if follow else spec
         gradient = dpt.privatize(total, sum_spec, noise, donate=True, noise=correlated)
-        moved = follow.moved(centred, spec, noise) if follow else None
+        moved = follow.moved(ranks.total(centred), spec, noise) if follow else None
         before_release(index, spec, released(gradient.on_host, moved))
         if follow:
             follow.clip_norm = moved

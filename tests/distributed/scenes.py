@@ -16,12 +16,13 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import dptrain.torch as dpt
-from dptrain.core.clip_rules import GroupWise
+from dptrain.core.clip_rules import GroupWise, Quantile
 from dptrain.core.entropy import Key
 from dptrain.core.ledger import Ledger
 from dptrain.core.mechanism import Mechanism
 from dptrain.core.methods import NAMES
 from dptrain.core.sampling import physical_batches, share
+from dptrain.core.spec import Sampling, StepSpec
 from dptrain.torch.reduction import Reductions
 
 EXAMPLES, PHYSICAL = 12, 2
@@ -121,15 +122,24 @@ def whole(
     return replace(total, clip_norm=0.3)
 
 
+def quantile() -> Mechanism:
+    """A clip norm that ends as another than it begins."""
+    rule = Quantile(0.3, count_noise=2.0, quantile=0.9, learning_rate=0.5)
+    return Mechanism(((StepSpec(rule, 1.0, Sampling("poisson", 0.5), 6), 10),), delta=1e-5)
+
+
 def train(
-    ranks: dpt.Ranks, ledger: Ledger | None, make_optimizer: Callable[..., Any]
+    ranks: dpt.Ranks,
+    ledger: Ledger | None,
+    make_optimizer: Callable[..., Any],
+    law: Mechanism | None = None,
 ) -> dict[str, torch.Tensor]:
     """The weights after `make_private`'s steps; ranks begin with different ones, and rank 0's count."""
     model, data = build(torch.float64)
     with torch.no_grad():
         for p in model.parameters():
             p += 0.1 * ranks.rank
-    law = mechanism(1.0)
+    law = law or mechanism(1.0)
     training = dpt.make_private(
         model,
         make_optimizer(model.parameters()),
@@ -145,7 +155,8 @@ def train(
     for step in training.steps():
         assert step.epsilon == law.epsilon_so_far(step.number)
     assert training.taken == law.steps
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+    reached = {"clip norm": torch.tensor([training.clip_norm], dtype=torch.float64)}
+    return reached | {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
 def otherwise(ranks: dpt.Ranks) -> dict[str, torch.Tensor]:

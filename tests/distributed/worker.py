@@ -30,6 +30,8 @@ if __name__ == "__main__":
         ledger = Ledger.create(folder / "ledger.jsonl", dataset="toy") if rank == 0 else None
         adam = partial(torch.optim.Adam, lr=0.01)
         found |= {f"trained: {n}": p for n, p in scenes.train(ranks, ledger, adam).items()}
+        of_quantile = scenes.train(ranks, None, adam, scenes.quantile())
+        found |= {f"trained, quantile: {n}": p for n, p in of_quantile.items()}
         shared = partial(ZeroRedundancyOptimizer, optimizer_class=torch.optim.Adam, lr=0.01)
         found |= {f"trained, shared state: {n}": p for n, p in scenes.train(ranks, None, shared).items()}
         for name in scenes.OPTIMIZERS:
