@@ -59,9 +59,12 @@ class SharedReleases:
         self.count = count
 
     def draw_afresh(self) -> None:
-        """As of `Releases`."""
-        if self._own is not None:
-            self._own.draw_afresh()
+        """As of `Releases`.
+
+        Raises:
+            RankLost: on the others, where it cannot be.
+        """
+        self._team.lead(lambda: self._first.draw_afresh())
         self._hear()
 
     @property

@@ -20,11 +20,22 @@ class CorrelatedNoise:
 
     Attributes:
         steps: how many have been drawn.
+
+    Args:
+        coefficients: of C, by band.
+        taken: steps of a run that goes on, whose noise is drawn again before that of the next.
+        key_of: the key of each of them.
     """
 
-    def __init__(self, coefficients: tuple[float, ...]):
+    def __init__(
+        self,
+        coefficients: tuple[float, ...],
+        taken: int = 0,
+        key_of: Callable[[int], Key] | None = None,
+    ):
         first, *others = coefficients
         self._earlier: deque[Any] = deque(maxlen=len(others))
+        self._taken, self._key_of = taken, key_of
         self.steps = 0
 
         def combined(drawn: Any, earlier: tuple) -> Any:
@@ -42,18 +53,14 @@ class CorrelatedNoise:
             spec: of the step.
             key: the step's own, used for W_t and nothing else.
         """
+        while self._key_of is not None and self.steps < self._taken:
+            self._draw(like, spec, self._key_of(self.steps))
+        return self._draw(like, spec, key)
+
+    def _draw(self, like: Any, spec: StepSpec, key: Key) -> Any:
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), like)
         drawn = noisy_mean(zeros, spec.noise_stddev, spec.expected_batch_size, key, donate=True)
         drawn = self._combined(drawn, tuple(self._earlier))
         self._earlier.appendleft(drawn)
         self.steps += 1
         return drawn
-
-    def catch_up(self, steps: int, like: Any, spec: StepSpec, key_of: Callable[[int], Key]) -> None:
-        """Draw again what earlier steps had, up to so many in all: of a run that goes on.
-
-        Args:
-            key_of: the key of each of them.
-        """
-        while self.steps < steps:
-            self.next(like, spec, key_of(self.steps))

@@ -140,11 +140,8 @@ class PrivateTraining:
         spec = self.mechanism.step(0)
         if spec.correlation is None:
             return None
-        noise, key = CorrelatedNoise(spec.correlation), self._releases.key
-        zeros = self.accumulator.zeros(self.params)
-        like = self.accumulator.finish(zeros).grads
-        noise.catch_up(self._taken, like, spec, lambda index: key.child("noise", index))
-        return noise
+        key = self._releases.key
+        return CorrelatedNoise(spec.correlation, self._taken, lambda index: key.child("noise", index))
 
     def _batches(self, spec: StepSpec) -> Iterator[tuple[Any, np.ndarray]]:
         sampler = LogicalSampler(examples(self._data), spec.sampling, self._releases.key.child("sampling"))

@@ -137,10 +137,7 @@ class PrivateTraining:
         spec = self.mechanism.step(0)
         if spec.correlation is None:
             return None
-        noise = CorrelatedNoise(spec.correlation)
-        like = {name: p.detach() for name, p in trainable(self.model).items()}
-        noise.catch_up(taken, like, spec, lambda index: key.child("noise", index))
-        return noise
+        return CorrelatedNoise(spec.correlation, taken, lambda index: key.child("noise", index))
 
     def _numbers(self, gradient: PrivateGradient) -> Numbers:
         """What the record's fingerprint is taken of: of shards, what all ranks have, each by its own."""
@@ -300,8 +297,6 @@ def make_private(
     _check_noise_is_known(mechanism, optimizer)
     check_dataset_size(mechanism, len(loader.dataset))
     ranks = all_ranks() if ranks is None else ranks
-    if mechanism.is_correlated and not ranks.alone:
-        raise ValueError("the mechanism's noise depends on that of earlier steps: train in one process.")
     follow = followed(mechanism, clip_norm)
     if follow is not None and compile:
         raise ValueError("a clip norm that follows a quantile changes at every step: leave out compile.")

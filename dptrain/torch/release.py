@@ -7,6 +7,7 @@ What is released is a ``PrivateGradient``, and an optimizer step accepts nothing
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -101,7 +102,7 @@ def privatize(
     Raises:
         TypeError: not a clipped sum, a mechanism or a key.
         ValueError: the sum was clipped to another norm or lies on another grid than the mechanism says, or
-            was given away; correlated noise without that of earlier steps, or on several ranks.
+            was given away; or its noise is correlated and that of earlier steps is missing.
     """
     if not isinstance(clipped_sum, ClippedSum):
         raise TypeError(f"privatize takes a ClippedSum, and was given {type(clipped_sum).__name__}.")
@@ -115,14 +116,13 @@ def privatize(
         raise ValueError(
             "a mechanism of correlated noise needs a CorrelatedNoise of its steps, and only such one."
         )
-    if noise is not None:
-        mean = _with_correlated(clipped_sum, spec, key, noise)
-    elif clipped_sum.reduction is not None:
-        mean = _shared_mean(clipped_sum.reduction, sums, spec, key)
+    draw = _Draw(spec, key, noise)
+    if clipped_sum.reduction is not None:
+        mean = _shared_mean(clipped_sum.reduction, sums, draw)
     elif any(map(is_sharded, sums.values())):
-        mean = _sharded_mean(sums, spec, key, donate)
+        mean = _sharded_mean(sums, draw, donate)
     else:
-        mean = _noisy(sums, spec, key, _separate(sums) if donate and spec.grid is None else None)
+        mean = draw(sums, _separate(sums) if donate and spec.grid is None else None)
     if donate:
         sums.clear()
         if clipped_sum.reduction is not None:
@@ -131,52 +131,49 @@ def privatize(
     return PrivateGradient(mean, spec, key.reproducible, variance, _DOOR)
 
 
-def _with_correlated(
-    clipped_sum: ClippedSum, spec: StepSpec, key: Key, noise: CorrelatedNoise
-) -> dict[str, Tensor]:
-    sums = clipped_sum.grads
-    if clipped_sum.reduction is not None or any(map(is_sharded, sums.values())):
-        raise ValueError("correlated noise is drawn in one process: train without other ranks.")
-    with section("noise"):
-        drawn = noise.next(sums, spec, key)
-        return {
-            n: torch.add(drawn[n], total, alpha=1 / spec.expected_batch_size) for n, total in sums.items()
-        }
+@dataclass(frozen=True)
+class _Draw:
+    """The noise of one step, added to a part of its sum."""
+
+    spec: StepSpec
+    key: Key
+    correlated: CorrelatedNoise | None
+
+    def __call__(
+        self,
+        sums: dict[str, Tensor],
+        out: dict[str, Tensor] | None = None,
+        spans: dict[str, Span] | None = None,
+    ) -> dict[str, Tensor]:
+        """The noisy means, in ``out`` or new tensors."""
+        spec, key = self.spec, self.key
+        stddev, batch_size = spec.noise_stddev, spec.expected_batch_size
+        with section("noise"):
+            if self.correlated is not None:
+                drawn = self.correlated.next(sums, spec, key, spans)
+                return {name: torch.add(drawn[name], g, alpha=1 / batch_size) for name, g in sums.items()}
+            if spec.grid is not None:
+                return noisy_mean_on_grid(sums, stddev, spec.grid, batch_size, key, spans)
+            return noisy_mean(sums, stddev, batch_size, key, out, spans)
 
 
-def _noisy(
-    sums: dict[str, Tensor],
-    spec: StepSpec,
-    key: Key,
-    out: dict[str, Tensor] | None,
-    spans: dict[str, Span] | None = None,
-) -> dict[str, Tensor]:
-    stddev, batch_size = spec.noise_stddev, spec.expected_batch_size
-    with section("noise"):
-        if spec.grid is not None:
-            return noisy_mean_on_grid(sums, stddev, spec.grid, batch_size, key, spans)
-        return noisy_mean(sums, stddev, batch_size, key, out, spans)
-
-
-def _shared_mean(
-    reduction: Reduction, sums: dict[str, Tensor], spec: StepSpec, key: Key
-) -> dict[str, Tensor]:
+def _shared_mean(reduction: Reduction, sums: dict[str, Tensor], draw: _Draw) -> dict[str, Tensor]:
     """Each rank draws the noise of its part, of the sum over all ranks."""
     with section("reduce"):
         shares = reduction.reduced(sums)
-    means = []
-    for own, spans in shares:
-        means.append(_noisy(own, spec, key, own if spec.grid is None else None, spans))
+    own = {name: part for share in shares for name, part in share.sums.items()}
+    spans = {name: span for share in shares for name, span in share.spans.items()}
+    means = draw(own, own if draw.spec.grid is None else None, spans)
     with section("reduce"):
-        return reduction.gathered(means)
+        return reduction.gathered([{name: means[name] for name in share.sums} for share in shares])
 
 
-def _sharded_mean(sums: dict[str, Tensor], spec: StepSpec, key: Key, donate: bool) -> dict[str, Tensor]:
+def _sharded_mean(sums: dict[str, Tensor], draw: _Draw, donate: bool) -> dict[str, Tensor]:
     """Each rank draws the noise of its shards."""
     own = {name: local(total) for name, total in sums.items()}
     drawn = {name: part for name, part in own.items() if part.numel()}
     spans = {name: span_of(sums[name]) for name in drawn}
-    means = own | _noisy(drawn, spec, key, drawn if donate and spec.grid is None else None, spans)
+    means = own | draw(drawn, drawn if donate and draw.spec.grid is None else None, spans)
     return {name: like(total, means[name]) for name, total in sums.items()}
 
 

@@ -197,10 +197,7 @@ class JaxLearner:
         spec = self.run.mechanism.step(0)
         if spec.correlation is None:
             return None
-        noise = dpj.CorrelatedNoise(spec.correlation)
-        like = self.accumulator.finish(self.accumulator.zeros(self.params)).grads
-        noise.catch_up(self.taken, like, spec, lambda index: key.child("noise", index))
-        return noise
+        return dpj.CorrelatedNoise(spec.correlation, self.taken, lambda index: key.child("noise", index))
 
     def _rule(self, spec: StepSpec) -> ClipRule:
         """By which a step's gradients are clipped."""

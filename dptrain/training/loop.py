@@ -146,10 +146,7 @@ def correlated_noise(run: Run, key: Key, first: int) -> dpt.CorrelatedNoise | No
     spec = run.mechanism.step(0)
     if spec.correlation is None:
         return None
-    trained = {n: p.detach() for n, p in run.learner.named_parameters() if p.requires_grad}
-    noise = dpt.CorrelatedNoise(spec.correlation)
-    noise.catch_up(first, trained, spec, lambda index: key.child("noise", index))
-    return noise
+    return dpt.CorrelatedNoise(spec.correlation, first, lambda index: key.child("noise", index))
 
 
 @contextmanager

@@ -58,8 +58,6 @@ def resume(
 def _train(
     config: TrainConfig, folder: RunFolder, saved: Saved | None, listener: Listener, ranks: Ranks
 ) -> Outcome:
-    if config.noise_bands > 1 and not ranks.alone:
-        raise ConfigError("--noise-bands works in one process: leave it out, or torchrun.")
     if config.engine != "torch" and not ranks.alone:
         raise ConfigError(
             f"--engine {config.engine} takes all its devices in one process: start dptrain without torchrun."

@@ -17,6 +17,7 @@ from torch.utils.data import TensorDataset
 
 import dptrain.torch as dpt
 from dptrain.core.clip_rules import GroupWise, Quantile
+from dptrain.core.correlated import correlated
 from dptrain.core.entropy import Key
 from dptrain.core.ledger import Ledger
 from dptrain.core.mechanism import Mechanism
@@ -126,6 +127,19 @@ def quantile() -> Mechanism:
     """A clip norm that ends as another than it begins."""
     rule = Quantile(0.3, count_noise=2.0, quantile=0.9, learning_rate=0.5)
     return Mechanism(((StepSpec(rule, 1.0, Sampling("poisson", 0.5), 6), 10),), delta=1e-5)
+
+
+def bands() -> Mechanism:
+    """Correlated noise."""
+    return correlated(
+        bands=4,
+        noise_multiplier=1.0,
+        clip_norm=0.3,
+        sample_rate=0.2,
+        expected_batch_size=2.4,
+        steps=10,
+        delta=1e-5,
+    )
 
 
 def train(

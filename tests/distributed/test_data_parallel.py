@@ -28,8 +28,10 @@ def alone() -> dict[str, torch.Tensor]:
     for name in scenes.OPTIMIZERS:
         makers[f"trained, {name}"] = partial(build_optimizer, name, lr=0.01)
     of_quantile = scenes.train(one, None, makers["trained"], scenes.quantile())
+    of_bands = scenes.train(one, None, makers["trained"], scenes.bands())
     return (
         {f"trained, quantile: {n}": p for n, p in of_quantile.items()}
+        | {f"trained, bands: {n}": p for n, p in of_bands.items()}
         | {name: g for case in scenes.CASES for name, g in scenes.steps(case, one)}
         | scenes.otherwise(one)
         | {f"{how}: {n}": p for how, make in makers.items() for n, p in scenes.train(one, None, make).items()}

@@ -32,6 +32,8 @@ if __name__ == "__main__":
         found |= {f"trained: {n}": p for n, p in scenes.train(ranks, ledger, adam).items()}
         of_quantile = scenes.train(ranks, None, adam, scenes.quantile())
         found |= {f"trained, quantile: {n}": p for n, p in of_quantile.items()}
+        of_bands = scenes.train(ranks, None, adam, scenes.bands())
+        found |= {f"trained, bands: {n}": p for n, p in of_bands.items()}
         shared = partial(ZeroRedundancyOptimizer, optimizer_class=torch.optim.Adam, lr=0.01)
         found |= {f"trained, shared state: {n}": p for n, p in scenes.train(ranks, None, shared).items()}
         for name in scenes.OPTIMIZERS:

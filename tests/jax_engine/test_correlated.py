@@ -66,9 +66,7 @@ def test_it_is_the_same_on_any_number_of_devices():
 
 
 def test_a_run_that_goes_on_draws_what_it_would_have_drawn():
-    noise = dpj.CorrelatedNoise(square_root(4))
-    noise.catch_up(5, LIKE, MECHANISM.step(0), key_of)
-    assert noise.steps == 5
+    noise = dpj.CorrelatedNoise(square_root(4), 5, key_of)
     for index, want in enumerate(drawn(LIKE)[5:], 5):
         again = noise.next(LIKE, MECHANISM.step(index), key_of(index))
         jax.tree.map(np.testing.assert_array_equal, again, want)

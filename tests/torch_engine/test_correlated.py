@@ -45,9 +45,7 @@ def test_c_times_the_noise_is_the_independent_noise_of_the_steps():
 
 
 def test_a_run_that_goes_on_draws_what_it_would_have_drawn():
-    noise = dpt.CorrelatedNoise(square_root(4))
-    noise.catch_up(7, LIKE, MECHANISM.step(0), key_of)
-    assert noise.steps == 7
+    noise = dpt.CorrelatedNoise(square_root(4), 7, key_of)
     for index, want in enumerate(drawn()[7:], 7):
         again = noise.next(LIKE, MECHANISM.step(index), key_of(index))
         assert all(torch.equal(again[name], want[name]) for name in LIKE)
