@@ -21,9 +21,10 @@ from torch.utils.data import TensorDataset
 import dptrain.torch as dpt
 from dptrain.core.entropy import Key
 from dptrain.core.ledger import Ledger
+from dptrain.core.mechanism import Mechanism
 from dptrain.core.methods import NAMES
 from dptrain.core.sampling import physical_batch_count, physical_batches, share
-from tests.distributed.scenes import DTYPES, GROUPS, losses, mechanism
+from tests.distributed.scenes import DTYPES, GROUPS, bands, losses, mechanism, quantile
 
 EXAMPLES, PHYSICAL, CLIP_NORM, BLOCKS = 12, 3, 0.3, 2
 #: logical batches: unequal shares, ranks without examples, nobody with any
@@ -139,7 +140,14 @@ def steps(case: Case, rank: int = 0, ranks: int = 1, mesh: Any = None) -> Iterat
 
 
 def trained(mesh: Any = None, ledger: Ledger | None = None) -> dict[str, torch.Tensor]:
-    """The weights after `make_private`, by name."""
+    """The weights after `make_private` by several mechanisms, by name."""
+    found = _trained(mechanism(1.0), mesh, ledger)
+    for law in (quantile(3), bands(3)):
+        found |= {f"{law.describe()['clip rule']}, {n}": p for n, p in _trained(law, mesh, None).items()}
+    return found
+
+
+def _trained(law: Mechanism, mesh: Any, ledger: Ledger | None) -> dict[str, torch.Tensor]:
     model, data = build(torch.float64)
     if mesh is not None:
         model = sharded(model, mesh)
@@ -148,7 +156,7 @@ def trained(mesh: Any = None, ledger: Ledger | None = None) -> dict[str, torch.T
         torch.optim.AdamW(model.parameters(), lr=0.01),
         TensorDataset(data),
         lambda model, batch: losses(model, batch[0]),
-        mechanism(1.0),
+        law,
         physical_batch_size=2,
         method="bk-mixed-ghost",
         key=Key.from_seed(2),

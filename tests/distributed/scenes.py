@@ -123,13 +123,13 @@ def whole(
     return replace(total, clip_norm=0.3)
 
 
-def quantile() -> Mechanism:
+def quantile(steps: int = 10) -> Mechanism:
     """A clip norm that ends as another than it begins."""
     rule = Quantile(0.3, count_noise=2.0, quantile=0.9, learning_rate=0.5)
-    return Mechanism(((StepSpec(rule, 1.0, Sampling("poisson", 0.5), 6), 10),), delta=1e-5)
+    return Mechanism(((StepSpec(rule, 1.0, Sampling("poisson", 0.5), 6), steps),), delta=1e-5)
 
 
-def bands() -> Mechanism:
+def bands(steps: int = 10) -> Mechanism:
     """Correlated noise."""
     return correlated(
         bands=4,
@@ -137,7 +137,7 @@ def bands() -> Mechanism:
         clip_norm=0.3,
         sample_rate=0.2,
         expected_batch_size=2.4,
-        steps=10,
+        steps=steps,
         delta=1e-5,
     )
 

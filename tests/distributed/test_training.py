@@ -62,11 +62,18 @@ def test_two_ranks_train_what_one_does(undisturbed, folder):
 
 
 @pytest.mark.slow
-def test_two_ranks_filter_gradients_as_one_does(folder):
-    filtered = ["--denoise", "0.5", "--optimizer", "adam-bc", "--lr", "0.01"]
-    succeed(dptrain(2, *RUN, *filtered, "--out", str(folder / "two-filtered")))
-    train(replace(RunFolder(folder / "two-filtered").config, out=folder / "one-filtered"))
-    want, got = weights(folder / "one-filtered"), weights(folder / "two-filtered")
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--denoise 0.5 --optimizer adam-bc --lr 0.01",
+        "--clip-rule quantile --accountant rdp",
+        "--noise-bands 4",
+    ],
+)
+def test_two_ranks_take_other_steps_as_one_does(options, tmp_path):
+    succeed(dptrain(2, *RUN, *options.split(), "--out", str(tmp_path / "two")))
+    train(replace(RunFolder(tmp_path / "two").config, out=tmp_path / "one"))
+    want, got = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name, value in want.items():
         torch.testing.assert_close(got[name], value, rtol=0, atol=1e-3 * float(value.abs().max()))
 
