@@ -67,7 +67,7 @@ def test_two_ranks_train_what_one_does(undisturbed, folder):
     [
         "--denoise 0.5 --optimizer adam-bc --lr 0.01",
         "--clip-rule quantile --accountant rdp",
-        "--noise-bands 4",
+        "--noise-bands 2 --restart replay",
     ],
 )
 def test_two_ranks_take_other_steps_as_one_does(options, tmp_path):
