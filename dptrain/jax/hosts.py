@@ -34,6 +34,13 @@ class Processes(Team):
             heard = multihost_utils.broadcast_one_to_all(message)
         return json.loads(bytes(np.asarray(heard)))
 
+    def total(self, number: int) -> int:
+        """The sum of all processes' numbers. Called by all."""
+        if jax.process_count() == 1:
+            return number
+        with _lost_processes():
+            return int(multihost_utils.process_allgather(np.int32(number)).sum())
+
 
 @contextlib.contextmanager
 def _lost_processes() -> Iterator[None]:
@@ -48,6 +55,14 @@ def check_the_same(what: str, numbers: Sequence[int]) -> None:
     heard = multihost_utils.process_allgather(np.array(numbers, np.int64))
     if (heard != heard[0]).any():
         raise ValueError(f"{what} must be the same on all processes, and they have {heard.tolist()}.")
+
+
+def own_rows(x: Array) -> np.ndarray:
+    """Of an array whose rows are divided among all devices, those of this process's, in their order."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    shards = sorted(x.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    return np.concatenate([np.asarray(shard.data) for shard in shards])
 
 
 def gathered(x: Array) -> np.ndarray:

@@ -26,7 +26,7 @@ from dptrain.core.spec import StepSpec
 from .accumulate import Accumulator
 from .clipping import clipped_grad
 from .correlated import CorrelatedNoise
-from .hosts import Processes, check_the_same
+from .hosts import Processes, check_the_same, own_rows
 from .placement import Placement, placement
 from .release import PrivateGradient, check_noise_is_known, private, privatize, refuse_what_is_for_torch
 
@@ -116,11 +116,11 @@ class PrivateTraining:
                 clipped = self.accumulator.add(sums, self.params, batch, mask=mask)
                 sums = clipped.grads
                 if follow:
-                    centred += follow.centred(np.asarray(clipped.norms)[mask])
+                    centred += follow.centred(own_rows(clipped.norms)[mask])
             key = self._releases.key.child("noise", self._taken)
             sum_spec = follow.step(spec) if follow else spec
             gradient = privatize(self.accumulator.finish(sums), sum_spec, key, donate=True, noise=noise)
-            moved = follow.moved(centred, spec, key) if follow else None
+            moved = self._moved(follow, centred, spec, key) if follow else None
             try:
                 self._releases.before(self._taken, spec, released(gradient.on_host, moved))
             except NotTheSame:  # nothing of it was used
@@ -134,6 +134,12 @@ class PrivateTraining:
             )
             spent = self.mechanism.epsilon_so_far(self._releases.count) if known else None
             yield Step(self._taken, total, spent)
+
+    def _moved(self, follow: FollowedClipNorm, centred: float, spec: StepSpec, key: Key) -> float:
+        """The clip norm of the next step. `centred` is of this process's rows, and a multiple of 1/2."""
+        if self._place is not None and self._place.has_others:
+            centred = Processes().total(round(2 * centred)) / 2
+        return follow.moved(centred, spec, key)
 
     def _correlated(self) -> CorrelatedNoise | None:
         """The noise of the steps so far, of a mechanism whose noise is correlated."""
@@ -247,13 +253,13 @@ def make_private(
     if mechanism.is_correlated:
         check_noise_is_known(optimizer, params)
     place, follow = placement(mesh, shard_params), followed(mechanism, clip_norm)
-    if follow is not None and place is not None and place.has_others:
-        raise ValueError("a clip norm that follows a quantile is counted in one process: use another rule.")
     # No batch is ever larger.
     most = size if place is None else -(-size // place.devices)
     physical_batch_size = min(checks.whole("physical_batch_size", physical_batch_size), most)
     releases: Releases | SharedReleases
     if place is not None and place.has_others:
+        if follow is not None:
+            follow.clip_norm = Processes().tell(follow.clip_norm)
         said = zlib.crc32(repr((mechanism, method, shard_params)).encode())
         check_the_same(
             "sizes of data set and physical batch, steps taken and mechanism (a checksum of it)",

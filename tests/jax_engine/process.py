@@ -19,8 +19,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import dptrain.jax as dpj
 from dptrain import Mechanism
+from dptrain.core.clip_rules import Quantile
 from dptrain.core.entropy import Key
 from dptrain.core.ledger import Ledger
+from dptrain.core.spec import Sampling, StepSpec
 from dptrain.jax import hosts, planner, stopwatch
 
 SIZE = 24
@@ -55,11 +57,16 @@ def parameters():
     return {name: jnp.asarray(rng.standard_normal(shape, np.float32)) for name, shape in shapes.items()}
 
 
-def begin(params, **options):
+QUANTILE = Mechanism(
+    ((StepSpec(Quantile(2.0, count_noise=1.0), 1.0, Sampling("poisson", 0.5), SIZE / 2), 4),)
+)
+
+
+def begin(params, mechanism=MECHANISM, **options):
     mesh = jax.make_mesh((4,), ("devices",), devices=jax.devices()[:4])
     data = Examples()
     given = {"physical_batch_size": 2, "mesh": mesh, "method": "bk-mix-opt"}
-    task = dpj.make_private(loss, params, optax.sgd(0.1), data, MECHANISM, **(given | options))
+    task = dpj.make_private(loss, params, optax.sgd(0.1), data, mechanism, **(given | options))
     return task, data
 
 
@@ -75,6 +82,14 @@ class Process:
         assert len(list(task.steps())) == MECHANISM.steps
         self.leave(f"train-{shard_params}", task.params, read=data.read)
         assert task.accumulator.compilations == 1
+
+    def follow(self, shard_params: bool):
+        """A quantile, which each begins to follow elsewhere: the first one's counts."""
+        task, _ = begin(
+            parameters(), QUANTILE, key=self.key, shard_params=shard_params, clip_norm=2.0 + self.number
+        )
+        norms = [task.clip_norm for _ in task.steps()]
+        self.leave(f"follow-{shard_params}", task.params, norms=norms)
 
     def resume(self, shard_params: bool):
         """From the second step, when there were three."""

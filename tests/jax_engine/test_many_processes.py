@@ -60,9 +60,14 @@ def check_trained(folder: Path, name: str, shard_params: bool) -> list[set[int]]
 
 
 def test_two_processes_train_as_one(tmp_path):
-    run(tmp_path, "train=sharded")
+    run(tmp_path, "train=sharded", "follow=sharded")
     first, second = check_trained(tmp_path, "train-True", True)
     assert first and second and first != second  # each has read its own devices' rows
+    task, _ = process.begin(process.parameters(), process.QUANTILE, key=process.KEY, shard_params=True)
+    norms = [task.clip_norm for _ in task.steps()]
+    assert len(set(norms)) == 4
+    for each in left(tmp_path, "follow-True"):
+        np.testing.assert_array_equal(each["norms"], norms)
 
 
 @pytest.mark.slow
