@@ -163,8 +163,10 @@ def releases_of(mechanism: Mechanism, ledger: Ledger | None, key: Key | None, ta
     """
     if key is not None and not isinstance(key, Key):
         raise TypeError("key must be a dptrain.core.entropy.Key: Key.from_entropy() makes one.")
-    if mechanism.is_correlated and taken and key is None:
-        raise ValueError("the mechanism's noise depends on that of earlier steps: go on with the same key.")
+    if taken and key is None and _needs_the_key(mechanism, taken):
+        raise ValueError(
+            "the next step's batch or noise depends on those of earlier steps: go on with the same key."
+        )
     repeats = key is not None and ledger is not None
     releases = Releases(mechanism, ledger, key or Key.from_entropy(), repeats=repeats)
     if checks.whole("taken", taken, minimum=0) > releases.count:
@@ -172,6 +174,13 @@ def releases_of(mechanism: Mechanism, ledger: Ledger | None, key: Key | None, ta
             f"{taken} steps were taken, but the ledger has fewer releases: pass the ledger that they are on."
         )
     return releases
+
+
+def _needs_the_key(mechanism: Mechanism, taken: int) -> bool:
+    """Whether noise is correlated, or the next step is in the middle of a shuffled epoch or a cycle: drawn
+    with another key, an example could be in it twice, and would be paid for once."""
+    periods = {spec.sampling.period for spec, _ in mechanism.segments} - {None}
+    return mechanism.is_correlated or any(taken % period for period in periods if period is not None)
 
 
 def fingerprint(gradient: Mapping[str, npt.NDArray[Any]]) -> str:

@@ -10,7 +10,7 @@ from dptrain.core import accounting
 from dptrain.core.clip_rules import Flat
 from dptrain.core.entropy import Key
 from dptrain.core.ledger import Ledger, LedgerError, Mark, _linked, together
-from dptrain.core.releases import Releases
+from dptrain.core.releases import Releases, releases_of
 from dptrain.core.spec import Sampling, StepSpec, flat_step
 
 
@@ -226,6 +226,18 @@ def test_begun_epochs_of_several_runs_add_up(tmp_path):
             ledger.append(0, shuffled(), None)
     ((segments, neighbours),) = together(Ledger.read(tmp_path / name) for name in "ab").values()
     assert accounting.epsilon(segments, 1e-5, neighbours) == epochs(2)
+
+
+def test_the_middle_of_a_shuffled_epoch_goes_on_with_the_key_it_was_drawn_with(path):
+    """By another permutation an example could be in it twice, which the record would not tell."""
+    mechanism = Mechanism(((shuffled(), 8),), "replace-special", 1e-5)
+    with Ledger.create(path, dataset="made up", neighbours="replace-special") as ledger:
+        for index in range(4):
+            ledger.append(index, shuffled(), None)
+        with pytest.raises(ValueError, match="the same key"):
+            releases_of(mechanism, ledger, None, 3)
+        assert releases_of(mechanism, ledger, Key.from_seed(0), 3).may_go_on(4)
+        assert releases_of(mechanism, ledger, None, 4).may_go_on(4)
 
 
 def test_a_run_that_lost_steps_of_a_shuffled_epoch_ends_within_its_budget(path):
