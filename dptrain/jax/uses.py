@@ -36,14 +36,14 @@ def rule_for(operation: Operation, position: int) -> Rule | None:
     values = (*operation.inputs, *operation.outputs)
     if any(v.aval.size == 0 for v in values) or not operation.inputs[position].is_floating:
         return None
-    for kind in (Product, Convolution, Table):
+    for kind in (Product, Convolution, Table, Row):
         if kind.fits(operation, position):
             return kind(operation, position)
     return None
 
 
 class Rule:
-    """What the three kinds share.
+    """What the kinds share.
 
     Attributes:
         shape: sizes of one use of one example, for the planner.
@@ -273,6 +273,25 @@ class Table(Rule):
         g = jnp.where((rows >= 0)[:, None], g, 0)
         sums = jax.ops.segment_sum(g, jnp.cumsum(new), len(rows), indices_are_sorted=True)
         return sum_of_squares([sums])
+
+
+class Row(Table):
+    """``dynamic_slice`` of one whole row of w, ``table[i]``, at a place that depends on the example."""
+
+    @classmethod
+    def fits(cls, operation: Operation, position: int) -> bool:
+        if operation.name != "dynamic_slice" or position != 0:
+            return False
+        # Along the other axes it starts at 0, whatever is asked for: it is as long as they are.
+        return tuple(operation.params["slice_sizes"]) == (1, *operation.inputs[0].aval.shape[1:])
+
+    def bind(self, a: Array, w: Array) -> Array:
+        starts = [a, *[jnp.zeros_like(a)] * (w.ndim - 1)]
+        return versions.bind(self.operation.eqn, [w, *starts], dict(self.operation.params))[0]
+
+    def picked(self, a: Array, g: Array) -> tuple[Array, Array]:
+        rows = self._numbers(a.reshape(-1)).clip(0, self.value.shape[0] - 1)
+        return rows, g.reshape(len(rows), -1)
 
 
 @dataclass(frozen=True)

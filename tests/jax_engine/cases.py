@@ -315,6 +315,25 @@ def sliced_parameters(key, size):
 
 
 @case
+def single_rows(key, size):
+    """Rows picked one by one, by numbers that need not be in range; some again, in turns of a loop."""
+    k = keys(key)
+    params = {
+        "user": normal(next(k), 5, 6),
+        "place": normal(next(k), 4, 2, 3),
+        "turns": normal(next(k), 7, 6),
+    }
+
+    def loss(p, e):
+        place = lax.dynamic_slice(p["place"], (e["place"], 0, 1), (1, 2, 3))
+        h, _ = lax.scan(lambda h, t: (jnp.tanh(h + p["turns"][t]), None), p["user"][e["user"]], e["turns"])
+        return jnp.sum(h * place.reshape(-1)) + jnp.sum(jnp.sin(p["user"][e["turns"][0] % 5]))
+
+    numbers = {name: jax.random.randint(next(k), (size,), -3, 8) for name in ("user", "place")}
+    return loss, params, numbers | {"turns": jax.random.randint(next(k), (size, 5), 0, 7)}
+
+
+@case
 def weight_norm_used_thrice(key, size):
     k = keys(key)
     params = {"v": normal(next(k), 6, 6), "g": normal(next(k), 6)}
