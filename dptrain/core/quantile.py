@@ -20,6 +20,10 @@ FURTHEST = 1e6
 """By which factor the clip norm may leave the first one."""
 
 
+LEAST = 1e-12
+"""Engines take none below, where squares of float32 vanish."""
+
+
 class FollowedClipNorm:
     """C of the steps of a run, which is public: it is made of noisy counts alone.
 
@@ -61,7 +65,7 @@ class FollowedClipNorm:
         share = 0.5 + float(count["count"][0])
         moved = self.clip_norm * math.exp(-self.rule.learning_rate * (share - self.rule.quantile))
         first = self.rule.clip_norm
-        return min(max(moved, first / FURTHEST), first * FURTHEST)
+        return min(max(moved, first / FURTHEST, LEAST), first * FURTHEST)
 
 
 def followed(mechanism: Mechanism, clip_norm: float | None = None) -> FollowedClipNorm | None:
@@ -88,5 +92,4 @@ def released(gradient: Numbers, moved: float | None) -> Numbers:
     """What a step releases: its noisy gradient and, where it has one, the clip norm of the next."""
     if moved is None:
         return gradient
-    # No parameter's name begins with a dot.
-    return lambda: {**gradient(), ".clip_norm": np.array(moved)}
+    return lambda: {**gradient(), "\0clip norm": np.array(moved)}  # no parameter has such a name

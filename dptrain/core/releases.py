@@ -58,13 +58,11 @@ class Releases:
         self._planned = Counter[StepSpec]()
         for spec, count in mechanism.segments:
             self._planned[spec] += count
-        earlier = () if ledger is None else ledger.releases
-        self._made = Counter(release.spec for release in earlier)
+        self._made = Counter[StepSpec]()
         self._last: tuple[int, StepSpec] | None = None
-        self._periods = 0
-        for release in earlier:
-            self._begin(release.step, release.spec)
-        self._known = _fingerprints(earlier) if repeats else {}
+        self._periods = self._counted = 0
+        self._count_what_is_on_record()
+        self._known = {} if ledger is None or not repeats else _fingerprints(ledger.releases)
 
     @property
     def count(self) -> int:
@@ -75,6 +73,7 @@ class Releases:
         """Whether the mechanism has a step of this index, and it can be afforded."""
         if index >= self._mechanism.steps:
             return False
+        self._count_what_is_on_record()
         return index in self._known or self._is_covered(index, self._mechanism.step(index))
 
     def before(self, index: int, spec: StepSpec, numbers: Numbers) -> None:
@@ -95,23 +94,26 @@ class Releases:
             if mark in self._known[index]:
                 return  # it has been paid for
             raise NotTheSame
+        self._count_what_is_on_record()
         if not self._is_covered(index, spec):
             raise RuntimeError("a step would cost more than the run may spend; it was not released.")
-        if self._ledger is not None:
+        if self._ledger is None:
+            self._count(index, spec)
+        else:
             self._ledger.append(index, spec, mark)
-        self._made[spec] += 1
-        self._begin(index, spec)
+            self._count_what_is_on_record()
 
     def draw_afresh(self) -> None:
         """Go on with a key that no release was drawn with.
 
         Raises:
-            ValueError: the noise of the mechanism is correlated with that of lost steps.
+            ValueError: the batches or the noise of the mechanism depend on those of lost steps.
         """
-        if self._mechanism.is_correlated and self.count:
+        if self.count and (self._mechanism.is_correlated or _periods(self._mechanism)):
             raise ValueError(
-                "a step did not come out as before, bit for bit, and correlated noise cannot be drawn "
-                "afresh: the run ends with the steps that it has."
+                "a step did not come out as before, bit for bit, and what depends on earlier steps "
+                "(correlated noise, shuffled epochs) cannot be drawn afresh: the run ends with the steps "
+                "that it has."
             )
         self._known = {}
         own = self._first_key
@@ -144,8 +146,16 @@ class Releases:
         begins = accounting.begins_period(self._last, index, spec)
         return self._made.keys() <= {spec} and self._periods + begins <= planned
 
-    def _begin(self, index: int, spec: StepSpec) -> None:
-        """Count a release that is on record."""
+    def _count_what_is_on_record(self) -> None:
+        """Also what another training has put on the ledger since."""
+        if self._ledger is None:
+            return
+        for release in self._ledger.releases[self._counted :]:
+            self._count(release.step, release.spec)
+            self._counted += 1
+
+    def _count(self, index: int, spec: StepSpec) -> None:
+        self._made[spec] += 1
         self._periods += accounting.begins_period(self._last, index, spec)
         self._last = index, spec
 
@@ -179,8 +189,13 @@ def releases_of(mechanism: Mechanism, ledger: Ledger | None, key: Key | None, ta
 def _needs_the_key(mechanism: Mechanism, taken: int) -> bool:
     """Whether noise is correlated, or the next step is in the middle of a shuffled epoch or a cycle: drawn
     with another key, an example could be in it twice, and would be paid for once."""
-    periods = {spec.sampling.period for spec, _ in mechanism.segments} - {None}
-    return mechanism.is_correlated or any(taken % period for period in periods if period is not None)
+    return mechanism.is_correlated or any(taken % period for period in _periods(mechanism))
+
+
+def _periods(mechanism: Mechanism) -> set[int]:
+    """Steps of a shuffled epoch or a cycle, of the samplers that have any."""
+    found = {spec.sampling.period for spec, _ in mechanism.segments}
+    return {period for period in found if period is not None}
 
 
 def fingerprint(gradient: Mapping[str, npt.NDArray[Any]]) -> str:

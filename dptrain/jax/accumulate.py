@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .clipped_sum import ClippedSum
+from .clipped_sum import ClippedSum, PartialSum
 from .clipping import ClippedGrad
-from .on_mesh import PartialSum
 from .uses import accumulated
 
 
@@ -84,20 +83,20 @@ def _in_turns(clip: Callable, params: Any, batch: Any, mask: Array, rows: int) -
 class Accumulator:
     """The sum of a logical batch whose physical batches come from the host, compiled once.
 
-    Holds one set of gradients, which every batch is added to in place. The clip rule stays as it is from
-    ``zeros`` to ``finish``. On a mesh each device holds its own,
-    and they are added up once, by ``finish``; with ``shard_params`` each holds a shard, to which the
-    gradients of all devices are added after each physical batch.
+    Holds one set of gradients, which every batch is added to in place; a sum carries the clip norm that it
+    was begun with. On a mesh each device holds its own, and they are added up once, by ``finish``; with
+    ``shard_params`` each holds a shard, to which the gradients of all devices are added after each physical
+    batch.
     """
 
     def __init__(self, clipped: ClippedGrad):
-        self.clipped, self._rule = clipped, clipped.rule
+        self.clipped = clipped
         spread = clipped.on_mesh
 
-        def add(total: Any, args: tuple, mask: Array, thresholds: Array) -> ClippedSum | PartialSum:
+        def add(total: Any, args: tuple, mask: Array, thresholds: Array) -> PartialSum:
             clip = clipped.local if spread is None else spread.partial
             out = clip(args, mask, thresholds)
-            return replace(out, grads=jax.tree.map(jnp.add, total, out.grads))
+            return PartialSum(jax.tree.map(jnp.add, total, out.grads), out.norms, out.losses, out.aux)
 
         self._add = jax.jit(add, donate_argnums=0)
         self._finish = None if spread is None else jax.jit(spread.placement.complete, donate_argnums=0)
@@ -108,50 +107,55 @@ class Accumulator:
         """The clipped sum of ``(batch, mask)`` pairs, all of one shape; norms and losses are not kept."""
         total = self.zeros(params)
         for batch, mask in batches:
-            total = self.add(total, params, batch, mask=mask).grads
+            total = self.add(total, params, batch, mask=mask)
         return self.finish(total)
 
-    def zeros(self, params: Any) -> Any:
+    def zeros(self, params: Any) -> PartialSum:
         """The sum of no examples."""
-        spread, self._rule = self.clipped.on_mesh, self.clipped.rule
-        return self._zeros(params if spread is None else spread.placement.put_params(params))
+        spread, none = self.clipped.on_mesh, jnp.zeros(0)
+        grads = self._zeros(params if spread is None else spread.placement.put_params(params))
+        return PartialSum(grads, none, none, None, self.clipped.bound)
 
-    def add(self, total: Any, *args: Any, mask: Any) -> ClippedSum | PartialSum:
+    def add(self, total: PartialSum, *args: Any, mask: Any) -> PartialSum:
         """The sum of ``total`` and a physical batch, with the norms and losses of the batch.
 
         Args:
-            total: of ``zeros``, or the gradients of an earlier sum; its buffers are taken.
+            total: of ``zeros`` or ``add``; its buffers are taken.
             args, mask: as ``ClippedGrad`` takes them.
 
         Raises:
-            ValueError: the clip rule has changed since ``zeros``.
+            TypeError: anything else.
+            ValueError: the clip norm has changed since ``zeros``.
         """
-        self._check_rule()
-        out = self._add(total, *self.clipped.checked(args, mask), self.clipped.thresholds)
-        return out if isinstance(out, PartialSum) else replace(out, clip_norm=self.clipped.bound)
+        if _checked(total).clip_norm != self.clipped.bound:
+            raise ValueError(
+                "the clip norm has changed within a logical batch: set it before the first physical batch "
+                "of one."
+            )
+        out = self._add(total.grads, *self.clipped.checked(args, mask), self.clipped.thresholds)
+        return replace(out, clip_norm=self.clipped.bound)
 
-    def finish(self, total: Any) -> ClippedSum:
+    def finish(self, total: PartialSum) -> ClippedSum:
         """The sum of a logical batch.
 
         Args:
-            total: the gradients of the last ``add``; their buffers are taken.
+            total: of the last ``add``; its buffers are taken.
 
         Raises:
-            ValueError: the clip rule has changed since ``zeros``.
+            TypeError: anything else.
         """
-        self._check_rule()
-        none = jnp.zeros(0)
-        grads = total if self._finish is None else self._finish(total)
-        return ClippedSum(grads, none, none, None, self.clipped.bound)
-
-    def _check_rule(self) -> None:
-        if self.clipped.rule != self._rule:
-            raise ValueError(
-                "the clip rule has changed within a logical batch: set it before the first physical batch "
-                "of one."
-            )
+        none, grads = jnp.zeros(0), _checked(total).grads
+        if self._finish is not None:
+            grads = self._finish(grads)
+        return ClippedSum(grads, none, none, None, total.clip_norm)
 
     @property
     def compilations(self) -> int:
         """How often a physical step has been compiled."""
         return self._add._cache_size()
+
+
+def _checked(total: PartialSum) -> PartialSum:
+    if not isinstance(total, PartialSum):
+        raise TypeError(f"a sum is begun by zeros, and this is a {type(total).__name__}.")
+    return total

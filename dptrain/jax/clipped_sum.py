@@ -53,3 +53,21 @@ class ClippedSum:
 
     def _rows(self) -> tuple:
         return self.norms, self.losses, self.aux
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PartialSum:
+    """A part of a logical batch's clipped sum, which ``Accumulator.finish`` makes a ``ClippedSum`` of.
+
+    Attributes:
+        grads: like the parameters; on a mesh with a leading axis over which they are yet to be added.
+        norms, losses, aux: as of a ``ClippedSum``, of the physical batch that was added last.
+        clip_norm: C, the bound on each example's part.
+    """
+
+    grads: Any
+    norms: Array
+    losses: Array
+    aux: Any = None
+    clip_norm: float = dataclasses.field(default=float("inf"), metadata={"static": True})

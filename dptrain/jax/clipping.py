@@ -166,7 +166,8 @@ class ClippedGrad:
         return self._rule
 
     @rule.setter
-    def rule(self, rule: ClipRule) -> None:
+    def rule(self, rule: float | ClipRule) -> None:
+        rule = rule if isinstance(rule, ClipRule) else Flat(checks.number("rule", rule))
         _check_thresholds(rule)
         if _kind(rule) != _kind(self._rule):
             raise ValueError(

@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jax.sharding import NamedSharding
 
 from dptrain.core.entropy import Key
 from dptrain.core.spec import StepSpec
@@ -19,12 +21,15 @@ class CorrelatedNoise:
     """Draws Z_0, Z_1, ..., each from those before it, of which it keeps bands - 1: secret, like a key.
 
     Attributes:
+        coefficients: of C, by band.
         steps: how many have been drawn.
 
     Args:
-        coefficients: of C, by band.
         taken: steps of a run that goes on, whose noise is drawn again before that of the next.
         key_of: the key of each of them.
+
+    Raises:
+        ValueError: steps without their keys.
     """
 
     def __init__(
@@ -33,6 +38,9 @@ class CorrelatedNoise:
         taken: int = 0,
         key_of: Callable[[int], Key] | None = None,
     ):
+        if taken and key_of is None:
+            raise ValueError("the noise of the steps that were taken is drawn again: say with which keys.")
+        self.coefficients = tuple(coefficients)
         first, *others = coefficients
         self._earlier: deque[Any] = deque(maxlen=len(others))
         self._taken, self._key_of = taken, key_of
@@ -58,9 +66,15 @@ class CorrelatedNoise:
         return self._draw(like, spec, key)
 
     def _draw(self, like: Any, spec: StepSpec, key: Key) -> Any:
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), like)
+        zeros = jax.tree.map(_zeros, like)
         drawn = noisy_mean(zeros, spec.noise_stddev, spec.expected_batch_size, key, donate=True)
         drawn = self._combined(drawn, tuple(self._earlier))
         self._earlier.appendleft(drawn)
         self.steps += 1
         return drawn
+
+
+def _zeros(x: Array) -> Array:
+    """In shards where it is; else not committed to a device, or what follows is compiled for both."""
+    where = x.sharding if isinstance(x.sharding, NamedSharding) else None
+    return jnp.zeros(x.shape, x.dtype, device=where)

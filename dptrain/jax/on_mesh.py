@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -12,28 +11,12 @@ import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from .clipped_sum import ClippedSum
+from .clipped_sum import ClippedSum, PartialSum
 from .hosts import Processes
 from .placement import Placement
 
 if TYPE_CHECKING:
     from .clipping import ClippedGrad
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class PartialSum:
-    """A clipped sum that the devices have not added up yet: ``Accumulator.finish`` has them do it.
-
-    Attributes:
-        grads: like the parameters, with a leading axis over which they are yet to be added.
-        norms, losses, aux: as of a ``ClippedSum``, of all rows.
-    """
-
-    grads: Any
-    norms: Array
-    losses: Array
-    aux: Any = None
 
 
 class OnMesh:

@@ -28,7 +28,7 @@ from .clipping import clipped_grad
 from .correlated import CorrelatedNoise
 from .hosts import Processes, check_the_same, own_rows
 from .placement import Placement, placement
-from .release import PrivateGradient, check_noise_is_known, private, privatize, refuse_what_is_for_torch
+from .release import OfAnyStep, check_noise_is_known, private, privatize, refuse_what_is_for_torch
 
 
 class PrivateTraining:
@@ -65,8 +65,8 @@ class PrivateTraining:
         chain = private(optimizer)
         self._data, self._releases, self._taken, self._place = dataset, releases, taken, place
 
-        def apply(params: Any, state: Any, gradient: PrivateGradient) -> tuple:
-            updates, state = chain.update(gradient, state, params)
+        def apply(params: Any, state: Any, gradient: OfAnyStep) -> tuple:
+            updates, state = chain.update(gradient.gradient(), state, params)
             return optax.apply_updates(params, updates), state
 
         if place is None:
@@ -107,16 +107,17 @@ class PrivateTraining:
         if self._place is not None:  # what was saved may have been put in place of the first ones
             self.params = self._place.put_params(self.params)
             self.optimizer_state = self._place.put_shards(self.optimizer_state)
-        noise = self._correlated()
-        while self._releases.may_go_on(self._taken):
-            spec, follow = self.mechanism.step(self._taken), self._follow
+        noise, taken = self._correlated(), self._taken
+        while self._releases.may_go_on(taken):
+            if taken != self._taken:  # this loop's correlated noise would be that of other steps
+                raise RuntimeError("another loop has taken steps of this training: begin a new one to go on.")
+            spec, follow = self.mechanism.step(taken), self._follow
             self.accumulator.clipped.rule = self._rule(spec)
             sums, centred = self.accumulator.zeros(self.params), 0.0
             for batch, mask in self._batches(spec):
-                clipped = self.accumulator.add(sums, self.params, batch, mask=mask)
-                sums = clipped.grads
+                sums = self.accumulator.add(sums, self.params, batch, mask=mask)
                 if follow:
-                    centred += follow.centred(own_rows(clipped.norms)[mask])
+                    centred += follow.centred(own_rows(sums.norms)[mask])
             key = self._releases.key.child("noise", self._taken)
             sum_spec = follow.step(spec) if follow else spec
             gradient = privatize(self.accumulator.finish(sums), sum_spec, key, donate=True, noise=noise)
@@ -128,9 +129,9 @@ class PrivateTraining:
                 continue
             if follow:
                 follow.clip_norm = moved
-            self._taken += 1
+            self._taken = taken = taken + 1
             self.params, self.optimizer_state = self._apply(
-                self.params, self.optimizer_state, gradient.without_step()
+                self.params, self.optimizer_state, OfAnyStep(gradient)
             )
             spent = self.mechanism.epsilon_so_far(self._releases.count) if known else None
             yield Step(self._taken, total, spent)
@@ -258,13 +259,13 @@ def make_private(
     physical_batch_size = min(checks.whole("physical_batch_size", physical_batch_size), most)
     releases: Releases | SharedReleases
     if place is not None and place.has_others:
-        if follow is not None:
-            follow.clip_norm = Processes().tell(follow.clip_norm)
         said = zlib.crc32(repr((mechanism, method, shard_params)).encode())
         check_the_same(
             "sizes of data set and physical batch, steps taken and mechanism (a checksum of it)",
             (size, physical_batch_size, taken, said),
         )
+        if follow is not None:
+            follow.clip_norm = Processes().tell(follow.clip_norm)
         releases = SharedReleases(lambda: releases_of(mechanism, ledger, key, taken), Processes())
     else:
         releases = releases_of(mechanism, ledger, key, taken)

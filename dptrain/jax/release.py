@@ -35,7 +35,7 @@ class PrivateGradient:
 
     Attributes:
         grads: like the parameters, ``(clipped sum + noise) / L``, in float32 or better.
-        spec: the step of the mechanism that it spends; None of `without_step`.
+        spec: the step of the mechanism that it spends; None within `OfAnyStep`.
         reproducible: whether its noise can be recomputed from a seed, which voids the guarantee against
             whoever knows the seed.
         noise_variance: of the noise in each coordinate of `grads`, which is public; None where it is not
@@ -76,17 +76,35 @@ class PrivateGradient:
         leaves, _ = jax.tree_util.tree_flatten_with_path(self.grads)
         return {jax.tree_util.keystr(path): hosts.gathered(leaf) for path, leaf in leaves}
 
-    def without_step(self) -> PrivateGradient:
-        """The same without ``spec``, which a function that is compiled for one step is compiled again for."""
-        return PrivateGradient(self.grads, None, self.reproducible, self.noise_variance, _DOOR)
-
     def tree_flatten(self) -> tuple:
-        return (self.grads, self.noise_variance), (self.spec, self.reproducible)
+        return (self.grads,), (self.spec, self.reproducible, self.noise_variance)
 
     @classmethod
     def tree_unflatten(cls, known: tuple, children: tuple) -> PrivateGradient:
-        grads, noise_variance = children
-        return cls(grads, *known, noise_variance, door=_DOOR)
+        return cls(children[0], *known, door=_DOOR)
+
+
+@jax.tree_util.register_pytree_node_class
+class OfAnyStep:
+    """A private gradient on its way into a function that is compiled once for all steps: the variance of its
+    noise is an argument, and its step is left out."""
+
+    def __init__(self, gradient: PrivateGradient):
+        self._children = gradient.grads, gradient.noise_variance
+
+    def gradient(self) -> PrivateGradient:
+        """Inside of the function: what optimizers take."""
+        grads, noise_variance = self._children
+        return PrivateGradient(grads, None, False, noise_variance, _DOOR)
+
+    def tree_flatten(self) -> tuple:
+        return self._children, None
+
+    @classmethod
+    def tree_unflatten(cls, known: None, children: tuple) -> OfAnyStep:
+        made = object.__new__(cls)
+        made._children = tuple(children)
+        return made
 
 
 def privatize(
@@ -127,9 +145,9 @@ def privatize(
         )
     refuse_what_is_for_torch(mechanism)
     spec = step_to_release(mechanism, clipped_sum.clip_norm)
-    if (spec.correlation is None) != (noise is None):
+    if spec.correlation != (None if noise is None else noise.coefficients):
         raise ValueError(
-            "a mechanism of correlated noise needs a CorrelatedNoise of its steps, and only such one."
+            "a mechanism of correlated noise needs a CorrelatedNoise of its coefficients, and only such one."
         )
     if noise is not None:
         drawn = noise.next(clipped_sum.grads, spec, key)

@@ -19,12 +19,15 @@ class CorrelatedNoise:
     """Draws Z_0, Z_1, ..., each from those before it, of which it keeps bands - 1: secret, like a key.
 
     Attributes:
+        coefficients: of C, by band.
         steps: how many have been drawn.
 
     Args:
-        coefficients: of C, by band.
         taken: steps of a run that goes on, whose noise is drawn again before that of the next.
         key_of: the key of each of them.
+
+    Raises:
+        ValueError: steps without their keys.
     """
 
     def __init__(
@@ -33,6 +36,9 @@ class CorrelatedNoise:
         taken: int = 0,
         key_of: Callable[[int], Key] | None = None,
     ):
+        if taken and key_of is None:
+            raise ValueError("the noise of the steps that were taken is drawn again: say with which keys.")
+        self.coefficients = tuple(coefficients)
         self._first, *self._others = coefficients
         self._earlier: deque[dict[str, Tensor]] = deque(maxlen=len(self._others))
         self._taken, self._key_of = taken, key_of

@@ -112,9 +112,9 @@ def privatize(
     sums = clipped_sum.grads
     if not sums:
         raise ValueError("the sum is empty: it was given away to an earlier gradient, or its step failed.")
-    if (spec.correlation is None) != (noise is None):
+    if spec.correlation != (None if noise is None else noise.coefficients):
         raise ValueError(
-            "a mechanism of correlated noise needs a CorrelatedNoise of its steps, and only such one."
+            "a mechanism of correlated noise needs a CorrelatedNoise of its coefficients, and only such one."
         )
     draw = _Draw(spec, key, noise)
     if clipped_sum.reduction is not None:

@@ -25,6 +25,8 @@ from dptrain.core.clip_rules import ClipRule, Flat
 from dptrain.core.entropy import Key
 from dptrain.core.quantile import FollowedClipNorm, followed, released
 from dptrain.core.spec import StepSpec
+from dptrain.jax.clipped_sum import PartialSum
+from dptrain.jax.release import OfAnyStep
 from dptrain.models.jax import translated
 from dptrain.optim.averaging import warmed_decay
 from dptrain.optim.wire import Wire, wire
@@ -112,9 +114,8 @@ class JaxLearner:
             return -jnp.mean(jax.nn.log_softmax(jax.vmap(one)(image))[:, label])
         return -jax.nn.log_softmax(one(image))[label]
 
-    def _updated(
-        self, params: Any, state: Any, average: Any, gradient: dpj.PrivateGradient, decay: Array
-    ) -> tuple:
+    def _updated(self, params: Any, state: Any, average: Any, released: OfAnyStep, decay: Array) -> tuple:
+        gradient = released.gradient()
         if kappa := self.run.config.denoise:
             state, kept = state
             gradient, kept = dpj.denoise.filtered(gradient, params, kept, kappa)
@@ -168,12 +169,11 @@ class JaxLearner:
             for number, (batch, mask, is_last) in enumerate(batches):
                 with random_state(drawn.child(number), torch.device("cpu")):
                     batch = augmented(run, batch)
-                out = self._add(total, point, _arrays(batch), mask.cpu().numpy())
-                total = out.grads
+                total = self._add(total, point, _arrays(batch), mask.cpu().numpy())
                 if follow:
-                    centred += follow.centred(np.asarray(out.norms)[mask.cpu().numpy()])
+                    centred += follow.centred(np.asarray(total.norms)[mask.cpu().numpy()])
                 if run.config.show_unprotected:
-                    parts.append((_tensor(out.losses), _tensor(out.norms), mask.cpu()))
+                    parts.append((_tensor(total.losses), _tensor(total.norms), mask.cpu()))
                 if is_last:
                     break
             clipped = self.accumulator.finish(total)
@@ -187,7 +187,7 @@ class JaxLearner:
             # As torch's average: it begins with the weights after the first step.
             decay = jnp.float32(warmed_decay(run.config.weight_average, index) if index else 0.0)
             self.params, self.optimizer_state, self.average = self._apply(
-                self.params, self.optimizer_state, self.average, gradient.without_step(), decay
+                self.params, self.optimizer_state, self.average, OfAnyStep(gradient), decay
             )
             self.taken, self.is_whole = index + 1, True
             yield Step(self.taken, unprotected(parts, spec) if parts else None)
@@ -238,7 +238,7 @@ class JaxLearner:
         """The weights at which gradients are taken."""
         return self._ahead(self.params, self.optimizer_state[1]) if self.run.config.denoise else self.params
 
-    def _add(self, total: Any, params: dict, batch: tuple, mask: np.ndarray) -> dpj.ClippedSum:
+    def _add(self, total: Any, params: dict, batch: tuple, mask: np.ndarray) -> PartialSum:
         return self.accumulator.add(total, params, *batch, self.frozen, mask=mask)
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 import json
 import os
 
+import numpy as np
 import pytest
 
 from dptrain import Mechanism
@@ -10,7 +11,7 @@ from dptrain.core import accounting
 from dptrain.core.clip_rules import Flat
 from dptrain.core.entropy import Key
 from dptrain.core.ledger import Ledger, LedgerError, Mark, _linked, together
-from dptrain.core.releases import Releases, releases_of
+from dptrain.core.releases import NotTheSame, Releases, releases_of
 from dptrain.core.spec import Sampling, StepSpec, flat_step
 
 
@@ -238,6 +239,33 @@ def test_the_middle_of_a_shuffled_epoch_goes_on_with_the_key_it_was_drawn_with(p
             releases_of(mechanism, ledger, None, 3)
         assert releases_of(mechanism, ledger, Key.from_seed(0), 3).may_go_on(4)
         assert releases_of(mechanism, ledger, None, 4).may_go_on(4)
+
+
+def test_steps_of_a_shuffled_epoch_are_not_drawn_afresh(path):
+    """A third draw would follow the second one by its numbers, and not be paid for."""
+    mechanism = Mechanism(((shuffled(), 8),), "replace-special", 1e-5)
+    with Ledger.create(path, dataset="made up", neighbours="replace-special") as ledger:
+        releases = releases_of(mechanism, ledger, Key.from_seed(0), 0)
+        releases.before(0, mechanism.step(0), lambda: {"w": np.ones(2)})
+        again = releases_of(mechanism, ledger, Key.from_seed(0), 0)
+        with pytest.raises(NotTheSame):
+            again.before(0, mechanism.step(0), lambda: {"w": np.zeros(2)})
+        with pytest.raises(ValueError, match="cannot be drawn afresh"):
+            again.draw_afresh()
+
+
+def test_two_trainings_on_one_ledger_share_its_budget(path):
+    mechanism = Mechanism(((shuffled(), 8),), "replace-special", 1e-5)
+    with Ledger.create(path, dataset="made up", neighbours="replace-special") as ledger:
+        two = [releases_of(mechanism, ledger, None, 0) for _ in range(2)]
+        taken = 0
+        for index in range(8):
+            for releases in two:
+                if releases.may_go_on(index):
+                    releases.before(index, mechanism.step(index), dict)
+                    taken += 1
+        assert ledger.epsilon(1e-5) == mechanism.epsilon()
+        assert taken == 5  # the first epoch of both, of which one goes on
 
 
 def test_a_run_that_lost_steps_of_a_shuffled_epoch_ends_within_its_budget(path):

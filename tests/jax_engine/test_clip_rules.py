@@ -142,21 +142,22 @@ def test_a_rule_of_another_kind_is_refused():
         dpj.clipped_grad(loss, clip_norm=Automatic(1.0, 0.1)).rule = Automatic(1.0, 0.2)
 
 
-def test_the_rule_stays_within_a_logical_batch():
+def test_a_sum_has_the_clip_norm_that_it_was_begun_with():
     params, batch = some(4)
+    everyone = np.ones(4, bool)
     accumulator = dpj.Accumulator(dpj.clipped_grad(loss, clip_norm=1.0))
-    whole = accumulator(params, [(batch, np.ones(4, bool))] * 2)
-    total = accumulator.add(accumulator.zeros(params), params, batch, mask=np.ones(4, bool)).grads
-    accumulator.clipped.rule = Flat(0.5)
-    for go_on in (
-        lambda: accumulator.finish(total),
-        lambda: accumulator.add(total, params, batch, mask=None),
-    ):
-        with pytest.raises(ValueError, match="within a logical batch"):
-            go_on()
-    half = accumulator(params, [(batch, np.ones(4, bool))] * 2)
+    whole = accumulator(params, [(batch, everyone)] * 2)
+    total = accumulator.add(accumulator.zeros(params), params, batch, mask=everyone)
+    accumulator.clipped.rule = 0.5
+    accumulator.zeros(params)  # another logical batch is begun before that one is finished
+    with pytest.raises(ValueError, match="within a logical batch"):
+        accumulator.add(total, params, batch, mask=everyone)
+    assert accumulator.finish(total).clip_norm == 1.0
+    half = accumulator(params, [(batch, everyone)] * 2)
     assert (whole.clip_norm, half.clip_norm) == (1.0, 0.5)
     assert accumulator.compilations == 1
+    with pytest.raises(TypeError, match="begun by zeros"):
+        accumulator.finish(half.grads)
 
 
 def quantile(steps: int = 6) -> Mechanism:

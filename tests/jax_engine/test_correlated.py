@@ -123,6 +123,19 @@ def test_what_would_break_the_chain_is_refused():
         begin(optimizer=adam)
     params = {"w": jnp.ones(4)}
     out = dpj.clipped_grad(lambda p, x: jnp.sum(x @ p["w"]), clip_norm=1.0)(params, DATA[:4])
-    with pytest.raises(ValueError, match="needs a CorrelatedNoise"):
+    with pytest.raises(ValueError, match="of its coefficients"):
         dpj.privatize(out, MECHANISM, key_of(0))
-    assert dpj.privatize(out, MECHANISM, key_of(0), noise=dpj.CorrelatedNoise((1.0,))).noise_variance is None
+    with pytest.raises(ValueError, match="of its coefficients"):
+        dpj.privatize(out, MECHANISM, key_of(0), noise=dpj.CorrelatedNoise((1000.0,)))
+    own = dpj.CorrelatedNoise(square_root(4))
+    assert dpj.privatize(out, MECHANISM, key_of(0), noise=own).noise_variance is None
+    with pytest.raises(ValueError, match="with which keys"):
+        dpj.CorrelatedNoise(square_root(4), 5)
+
+
+def test_two_loops_at_once_are_refused():
+    task = begin()
+    first, second = task.steps(), task.steps()
+    next(first), next(second)
+    with pytest.raises(RuntimeError, match="another loop"):
+        next(first)

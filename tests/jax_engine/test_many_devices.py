@@ -21,6 +21,7 @@ from dptrain.core import methods
 from dptrain.core.entropy import Key
 from dptrain.core.ledger import Ledger
 from dptrain.jax import noise
+from dptrain.jax.release import OfAnyStep
 
 from . import oracle
 
@@ -174,9 +175,11 @@ def test_what_devices_tell_each_other(shard_params):
     out = accumulator.finish(total)
     divided, rest = 5 * 8 + 8 + 8 * 3, 3
     gradient = dpj.privatize(out, MECHANISM, KEY)
-    for_a_physical_batch = sent(accumulator._add, accumulator.zeros(params), args, mask, clipped.thresholds)
-    for_a_logical_batch = sent(accumulator._finish, accumulator.zeros(params))
-    for_a_step = sent(task._apply, task.params, task.optimizer_state, gradient)
+    for_a_physical_batch = sent(
+        accumulator._add, accumulator.zeros(params).grads, args, mask, clipped.thresholds
+    )
+    for_a_logical_batch = sent(accumulator._finish, accumulator.zeros(params).grads)
+    for_a_step = sent(task._apply, task.params, task.optimizer_state, OfAnyStep(gradient))
     of_noise = sent(noise._drawn, out.grads, noise.noise_words(KEY), 1.0, 1.0)
     if shard_params:
         assert for_a_physical_batch == {"all-gather": divided, "reduce-scatter": divided // 4}
@@ -345,4 +348,4 @@ def test_what_is_not_added_up_cannot_be_released():
     part = accumulator.add(accumulator.zeros(params), params, batch, mask=MASK)
     with pytest.raises(TypeError, match="PartialSum"):
         dpj.privatize(part, MECHANISM, KEY)
-    assert error(accumulator.finish(part.grads).grads, expected(True)) < 1e-12
+    assert error(accumulator.finish(part).grads, expected(True)) < 1e-12

@@ -94,6 +94,11 @@ def test_what_would_break_the_chain_is_refused(tmp_path):
     model, batch = torch.nn.Linear(3, 2), (torch.randn(4, 3), torch.zeros(4, dtype=torch.int64))
     loss = lambda model, batch: torch.nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")  # noqa: E731
     out = dpt.clipped_grad(model, loss, clip_norm=1.0)(batch)
-    with pytest.raises(ValueError, match="needs a CorrelatedNoise"):
+    with pytest.raises(ValueError, match="of its coefficients"):
         dpt.privatize(out, MECHANISM, key_of(0))
-    assert dpt.privatize(out, MECHANISM, key_of(0), noise=dpt.CorrelatedNoise((1.0,))).noise_variance is None
+    with pytest.raises(ValueError, match="of its coefficients"):
+        dpt.privatize(out, MECHANISM, key_of(0), noise=dpt.CorrelatedNoise((1000.0,)))
+    own = dpt.CorrelatedNoise(square_root(4))
+    assert dpt.privatize(out, MECHANISM, key_of(0), noise=own).noise_variance is None
+    with pytest.raises(ValueError, match="with which keys"):
+        dpt.CorrelatedNoise(square_root(4), 5)
