@@ -18,10 +18,14 @@ theorem 4). The sampler ``cyclic-poisson`` keeps turns apart. Noise follows from
 from __future__ import annotations
 
 import math
+from collections import deque
+from collections.abc import Callable
+from typing import Any
 
 from dptrain.core import calibration, checks
 from dptrain.core.accounting import ADD_OR_REMOVE_ONE, PLD
 from dptrain.core.clip_rules import ClipRule, Flat
+from dptrain.core.entropy import Key
 from dptrain.core.mechanism import Mechanism
 from dptrain.core.spec import CYCLIC_POISSON, Sampling, StepSpec
 
@@ -101,3 +105,48 @@ def prefix_error(coefficients: tuple[float, ...], steps: int) -> float:
         squares += prefix * prefix
         total += squares
     return math.sqrt(total / steps)
+
+
+class NoiseChain:
+    """Z_0, Z_1, ..., each from those before it, of which the last bands - 1 are kept: secret, like a key.
+
+    What both engines' `CorrelatedNoise` share. Each draws Z_t from W_t, which a key stands for, by `_drawn`.
+
+    Attributes:
+        coefficients: of C, by band.
+        steps: how many have been drawn.
+
+    Args:
+        taken: steps of a run that goes on, whose noise is drawn again before that of the next.
+        key_of: the key of each of them.
+
+    Raises:
+        ValueError: steps without their keys.
+    """
+
+    def __init__(
+        self,
+        coefficients: tuple[float, ...],
+        taken: int = 0,
+        key_of: Callable[[int], Key] | None = None,
+    ) -> None:
+        if taken and key_of is None:
+            raise ValueError("the noise of the steps that were taken is drawn again: say with which keys.")
+        self.coefficients = tuple(coefficients)
+        self.steps = 0
+        self._earlier: deque[Any] = deque(maxlen=len(self.coefficients) - 1)
+        self._taken, self._key_of = taken, key_of
+
+    def _next(self, key: Key, drawn: Callable[[Key], Any]) -> Any:
+        """The next one, behind all that have to be drawn again.
+
+        drawn: Z_t from the key of W_t; it finds those before in `_earlier`, the last one first.
+        """
+        while self._key_of is not None and self.steps < self._taken:
+            self._keep(drawn(self._key_of(self.steps)))
+        return self._keep(drawn(key))
+
+    def _keep(self, noise: Any) -> Any:
+        self._earlier.appendleft(noise)
+        self.steps += 1
+        return noise

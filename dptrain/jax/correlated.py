@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -11,26 +10,15 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import NamedSharding
 
+from dptrain.core.correlated import NoiseChain
 from dptrain.core.entropy import Key
 from dptrain.core.spec import StepSpec
 
 from .noise import noisy_mean
 
 
-class CorrelatedNoise:
-    """Draws Z_0, Z_1, ..., each from those before it, of which it keeps bands - 1: secret, like a key.
-
-    Attributes:
-        coefficients: of C, by band.
-        steps: how many have been drawn.
-
-    Args:
-        taken: steps of a run that goes on, whose noise is drawn again before that of the next.
-        key_of: the key of each of them.
-
-    Raises:
-        ValueError: steps without their keys.
-    """
+class CorrelatedNoise(NoiseChain):
+    """Noise for sums that are trees of arrays; as of ``NoiseChain``."""
 
     def __init__(
         self,
@@ -38,13 +26,8 @@ class CorrelatedNoise:
         taken: int = 0,
         key_of: Callable[[int], Key] | None = None,
     ):
-        if taken and key_of is None:
-            raise ValueError("the noise of the steps that were taken is drawn again: say with which keys.")
-        self.coefficients = tuple(coefficients)
-        first, *others = coefficients
-        self._earlier: deque[Any] = deque(maxlen=len(others))
-        self._taken, self._key_of = taken, key_of
-        self.steps = 0
+        super().__init__(coefficients, taken, key_of)
+        first, *others = self.coefficients
 
         def combined(drawn: Any, earlier: tuple) -> Any:
             for c, noise in zip(others, earlier):
@@ -61,17 +44,13 @@ class CorrelatedNoise:
             spec: of the step.
             key: the step's own, used for W_t and nothing else.
         """
-        while self._key_of is not None and self.steps < self._taken:
-            self._draw(like, spec, self._key_of(self.steps))
-        return self._draw(like, spec, key)
 
-    def _draw(self, like: Any, spec: StepSpec, key: Key) -> Any:
-        zeros = jax.tree.map(_zeros, like)
-        drawn = noisy_mean(zeros, spec.noise_stddev, spec.expected_batch_size, key, donate=True)
-        drawn = self._combined(drawn, tuple(self._earlier))
-        self._earlier.appendleft(drawn)
-        self.steps += 1
-        return drawn
+        def drawn(key: Key) -> Any:
+            zeros = jax.tree.map(_zeros, like)
+            found = noisy_mean(zeros, spec.noise_stddev, spec.expected_batch_size, key, donate=True)
+            return self._combined(found, tuple(self._earlier))
+
+        return self._next(key, drawn)
 
 
 def _zeros(x: Array) -> Array:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from dptrain.core.correlated import NoiseChain
 from dptrain.core.entropy import Key
 from dptrain.core.noise import Span
 from dptrain.core.spec import StepSpec
@@ -15,34 +15,8 @@ from dptrain.core.spec import StepSpec
 from .noise import noisy_mean
 
 
-class CorrelatedNoise:
-    """Draws Z_0, Z_1, ..., each from those before it, of which it keeps bands - 1: secret, like a key.
-
-    Attributes:
-        coefficients: of C, by band.
-        steps: how many have been drawn.
-
-    Args:
-        taken: steps of a run that goes on, whose noise is drawn again before that of the next.
-        key_of: the key of each of them.
-
-    Raises:
-        ValueError: steps without their keys.
-    """
-
-    def __init__(
-        self,
-        coefficients: tuple[float, ...],
-        taken: int = 0,
-        key_of: Callable[[int], Key] | None = None,
-    ):
-        if taken and key_of is None:
-            raise ValueError("the noise of the steps that were taken is drawn again: say with which keys.")
-        self.coefficients = tuple(coefficients)
-        self._first, *self._others = coefficients
-        self._earlier: deque[dict[str, Tensor]] = deque(maxlen=len(self._others))
-        self._taken, self._key_of = taken, key_of
-        self.steps = 0
+class CorrelatedNoise(NoiseChain):
+    """Noise for sums that are tensors by name; as of ``NoiseChain``."""
 
     def next(
         self,
@@ -59,19 +33,15 @@ class CorrelatedNoise:
             key: the step's own, used for W_t and nothing else.
             spans: which elements of its parameter each of them holds, if not all; the same at every step.
         """
-        while self._key_of is not None and self.steps < self._taken:
-            self._draw(like, spec, self._key_of(self.steps), spans)
-        return self._draw(like, spec, key, spans)
+        first, *others = self.coefficients
 
-    def _draw(
-        self, like: Mapping[str, Tensor], spec: StepSpec, key: Key, spans: Mapping[str, Span] | None
-    ) -> dict[str, Tensor]:
-        drawn = {name: torch.zeros_like(total) for name, total in like.items()}
-        noisy_mean(drawn, spec.noise_stddev, spec.expected_batch_size, key, out=drawn, spans=spans)
-        for name, noise in drawn.items():
-            for c, earlier in zip(self._others, self._earlier):
-                noise.sub_(earlier[name], alpha=c)
-            noise.div_(self._first)
-        self._earlier.appendleft(drawn)
-        self.steps += 1
-        return drawn
+        def drawn(key: Key) -> dict[str, Tensor]:
+            found = {name: torch.zeros_like(total) for name, total in like.items()}
+            noisy_mean(found, spec.noise_stddev, spec.expected_batch_size, key, out=found, spans=spans)
+            for name, noise in found.items():
+                for c, earlier in zip(others, self._earlier):
+                    noise.sub_(earlier[name], alpha=c)
+                noise.div_(first)
+            return found
+
+        return self._next(key, drawn)
