@@ -96,7 +96,7 @@ def counts_the_first_part_twice(patch: Patch) -> None:
         def add(accumulator: Accumulator, total: Any, *args: Any, mask: Any) -> Any:
             first = not any(bool((x != 0).any()) for x in jax.tree.leaves(total))
             out = true(accumulator, total, *args, mask=mask)
-            return true(accumulator, out.grads, *args, mask=mask) if first else out
+            return true(accumulator, out, *args, mask=mask) if first else out
 
         return add
 
