@@ -232,6 +232,22 @@ class Quantile(_Whole):
 
 ClipRule = Flat | Automatic | PerLayer | GroupWise | Quantile
 
+LEAST_CLIP_NORM = 1e-12
+"""Engines take no threshold below: squares of float32 would vanish."""
+
+
+def rule_of(clip_norm: float | ClipRule) -> ClipRule:
+    """The rule that an engine is to clip by: of a number, `Flat`.
+
+    Raises:
+        TypeError: neither a number nor a rule.
+        ValueError: a threshold below `LEAST_CLIP_NORM`, or not finite.
+    """
+    rule = clip_norm if isinstance(clip_norm, ClipRule) else Flat(checks.number("clip_norm", clip_norm))
+    if not all(LEAST_CLIP_NORM <= c < math.inf for c in rule.thresholds):
+        raise ValueError(f"clip_norm must be at least 1e-12 and finite, and is {min(rule.thresholds)}.")
+    return rule
+
 
 def to_dict(rule: ClipRule) -> dict[str, Any]:
     """`rule` as JSON-able data; `from_dict` gives it back exactly."""

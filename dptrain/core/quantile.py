@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dptrain.core import checks
-from dptrain.core.clip_rules import Quantile
+from dptrain.core.clip_rules import LEAST_CLIP_NORM, Quantile
 from dptrain.core.entropy import Key
 from dptrain.core.mechanism import Mechanism
 from dptrain.core.noise import noisy_mean
@@ -18,10 +18,6 @@ from dptrain.core.spec import StepSpec
 
 FURTHEST = 1e6
 """By which factor the clip norm may leave the first one."""
-
-
-LEAST = 1e-12
-"""Engines take none below, where squares of float32 vanish."""
 
 
 class FollowedClipNorm:
@@ -65,7 +61,7 @@ class FollowedClipNorm:
         share = 0.5 + float(count["count"][0])
         moved = self.clip_norm * math.exp(-self.rule.learning_rate * (share - self.rule.quantile))
         first = self.rule.clip_norm
-        return min(max(moved, first / FURTHEST, LEAST), first * FURTHEST)
+        return min(max(moved, first / FURTHEST, LEAST_CLIP_NORM), first * FURTHEST)
 
 
 def followed(mechanism: Mechanism, clip_norm: float | None = None) -> FollowedClipNorm | None:

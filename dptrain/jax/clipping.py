@@ -14,7 +14,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from dptrain.core import checks, methods
-from dptrain.core.clip_rules import ClipRule, Flat
+from dptrain.core.clip_rules import ClipRule, rule_of
 from dptrain.core.methods import Method
 
 from . import baselines, stopwatch
@@ -24,7 +24,6 @@ from .call import Call
 from .capture import Capture
 from .clipped_sum import ClippedSum
 from .errors import Refused
-from .factors import LEAST_CLIP_NORM
 from .on_mesh import OnMesh
 from .placement import Placement, placement
 from .planner import Plan, is_worth_measuring, parts_to_try, routed
@@ -81,8 +80,7 @@ def clipped_grad(
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function of (params, example), and is {checks.shown(loss_fn)}.")
     row = methods.resolve(method)
-    rule = clip_norm if isinstance(clip_norm, ClipRule) else Flat(checks.number("clip_norm", clip_norm))
-    _check_thresholds(rule)
+    rule = rule_of(clip_norm)
     argnums = checks.whole("argnums", argnums, minimum=0)
     listed = batch_argnums if isinstance(batch_argnums, Sequence) else (batch_argnums,)
     batched = tuple(checks.whole("each of batch_argnums", i, minimum=0) for i in listed)
@@ -161,14 +159,13 @@ class ClippedGrad:
         A function that was compiled around this one keeps the rule that it was traced with.
 
         Raises:
-            ValueError: it is of another kind, or of other parts.
+            TypeError, ValueError: it is no rule that could be clipped by, of another kind, or of other parts.
         """
         return self._rule
 
     @rule.setter
     def rule(self, rule: float | ClipRule) -> None:
-        rule = rule if isinstance(rule, ClipRule) else Flat(checks.number("rule", rule))
-        _check_thresholds(rule)
+        rule = rule_of(rule)
         if _kind(rule) != _kind(self._rule):
             raise ValueError(
                 f"this was made for {self._rule.name} clipping in {len(self._rule.thresholds)} parts: for a "
@@ -367,12 +364,6 @@ class ClippedGrad:
                 f"the loss does not depend on {listed}: leave out of the parameters what is not trained, or "
                 "pass allow_unused=True to give it noise and nothing else."
             )
-
-
-def _check_thresholds(rule: ClipRule) -> None:
-    if not all(LEAST_CLIP_NORM <= c < float("inf") for c in rule.thresholds):
-        least = min(rule.thresholds)
-        raise ValueError(f"clip_norm must be at least {LEAST_CLIP_NORM:g} and finite, and is {least}.")
 
 
 def _kind(rule: ClipRule) -> tuple:

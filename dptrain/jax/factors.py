@@ -8,13 +8,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from dptrain.core import clipping_error
-from dptrain.core.clip_rules import ClipRule
+from dptrain.core.clip_rules import LEAST_CLIP_NORM, ClipRule
 from dptrain.core.clipping_error import LEVEL
 
 from .call import Call
-
-LEAST_CLIP_NORM = 1e-12
-"""Below, squares of float32 vanish. What is compiled serves every clip norm from here on."""
 
 
 def factors_by_part(
@@ -54,6 +51,7 @@ def clip_factors(
     norm = jnp.sqrt(squared)
     elements = sum(p.size for p in parameters)
     narrowest = min(jnp.dtype(norm_type([p])).name for p in parameters)  # "float32" < "float64"
+    # What is compiled serves every clip norm from the least on.
     margin = clipping_error.margin(narrowest, elements, parts, LEAST_CLIP_NORM, clipping_error.LEVELS)
     limit = clip_norm.astype(norm.dtype) * margin
     if stability is None:

@@ -60,22 +60,14 @@ def vit_tiny_cifar100_last_block() -> TrainConfig:
     """ViT-Tiny at 224 pixels: its last block and head, four passes. The eleven blocks before are run once per
     example. Needs --weights or --pretrained. docs/accuracy.md has learning rates for less than epsilon 8.
     """
-    return TrainConfig(
-        data="cifar100",
-        model="vit-tiny",
+    return replace(
+        vit_tiny_cifar100_full(),
         image_size=224,
         frozen_blocks=11,
         cache_features=True,
-        epsilon=8.0,
-        delta=1e-5,
-        clip_norm=1.0,
-        logical_batch_size=2_000,
         physical_batch_size=64,
         epochs=4,
-        steps=None,
         lr=2.0,
-        optimizer="momentum",
-        weight_average=0.0,
     )
 
 

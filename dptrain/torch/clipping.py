@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from dptrain.core import checks, methods
-from dptrain.core.clip_rules import ClipRule, Flat
+from dptrain.core.clip_rules import ClipRule, Flat, rule_of
 from dptrain.core.grid import checked as checked_grid
 from dptrain.core.methods import Method
 
@@ -88,9 +88,7 @@ def clipped_grad(
     """
     check_callables(model, loss_fn)
     row = methods.resolve(method)
-    rule = clip_norm if isinstance(clip_norm, ClipRule) else Flat(checks.number("clip_norm", clip_norm))
-    if not all(1e-12 <= c < float("inf") for c in rule.thresholds):  # below, squares of float32 vanish
-        raise ValueError(f"clip_norm must be at least 1e-12 and finite, and is {min(rule.thresholds)}.")
+    rule = rule_of(clip_norm)
     rule.partition(list(trainable(model)))
     options = _options(row, memory_budget, routes)
     if grid is not None:

@@ -114,8 +114,8 @@ class JaxLearner:
             return -jnp.mean(jax.nn.log_softmax(jax.vmap(one)(image))[:, label])
         return -jax.nn.log_softmax(one(image))[label]
 
-    def _updated(self, params: Any, state: Any, average: Any, released: OfAnyStep, decay: Array) -> tuple:
-        gradient = released.gradient()
+    def _updated(self, params: Any, state: Any, average: Any, of_any_step: OfAnyStep, decay: Array) -> tuple:
+        gradient = of_any_step.gradient()
         if kappa := self.run.config.denoise:
             state, kept = state
             gradient, kept = dpj.denoise.filtered(gradient, params, kept, kappa)
