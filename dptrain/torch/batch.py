@@ -22,11 +22,11 @@ from .bookkeeping import Bookkeeping
 from .capture import Capture, ignore
 from .clipped_sum import ClippedSum, owned
 from .fsdp import Sharding
-from .guards import backward, check_buffers, check_losses, parameters_untouched
+from .guards import backward, check_buffers, check_losses, parameters_untouched, precision_untouched
 from .on_grid import GridSums
 from .planner import Plan, make_plan
 from .pullback import group_uses
-from .sections import section
+from .sections import profiled, section
 from .sharded_sums import ShardedSums, Trouble
 from .trace import match
 from .uses.base import widen
@@ -105,7 +105,7 @@ def _clipped_sum(
     if sharding is not None:
         books.at_hand = lambda values: sharding.gathered(sharding.behind(values))
     capture.sink = _within("norms", trouble.withheld(books.norms))
-    with section("backward"), trouble:
+    with section("backward"), trouble, precision_untouched(losses.device):
         total = losses.sum() if mask is None else torch.where(mask, losses, 0.0).sum()
         backward(capture, total, parameters, retain_graph=plan.second_backward)
     sums = None if sharding is None else ShardedSums(books, capture, sharding, into)
@@ -139,6 +139,8 @@ def _clipped_sum(
 
 def _within(name: str, sink: Callable[..., None]) -> Callable[..., None]:
     """What is done with a use in the middle of a backward pass, as a section of its own."""
+    if not profiled():
+        return sink
 
     def named(*args: Any) -> None:
         with section(name):

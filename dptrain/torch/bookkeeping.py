@@ -20,7 +20,6 @@ from .errors import Changed, Misfit, Unforeseen
 from .full_precision import full_precision, is_full
 from .planner import Plan
 from .pullback import (
-    Group,
     Kind,
     pull_back_examples,
     pull_back_sums,
@@ -131,11 +130,9 @@ class Bookkeeping:
         #: by name: the part of the rule that a parameter belongs to
         self.part_of = dict(zip(parameters, rule.partition(list(parameters)), strict=True))
         self.workspace = workspace or Workspace()
-        self.group_of: dict[int, tuple[int, Group, Route]] = {
-            index: (number, group, route)
-            for number, (group, route) in enumerate(zip(plan.findings.groups, plan.routes))
-            for index in group.uses
-        }
+        self.group_of = plan.group_of
+        #: looked at once, as it costs as much as a small product; ``guards.precision_untouched``
+        self._is_full = is_full(next(iter(parameters.values())).device)
         #: parts of the squared norms ``[B]``, each with the part of the rule that it belongs to
         self.parts: list[tuple[int, Tensor]] = []
         self.bounded: list[Bounded] = []
@@ -163,7 +160,7 @@ class Bookkeeping:
 
     def norms(self, use: Use, a: Tensor | None, g: Tensor) -> None:
         """The sink of the first backward pass."""
-        if is_full(g.device):  # the usual case on a CPU, at each use
+        if self._is_full and not torch.is_autocast_enabled(g.device.type):
             self._record(use, a, g)
             return
         with full_precision(g.device):

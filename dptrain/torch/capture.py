@@ -115,6 +115,7 @@ class Capture(TorchFunctionMode):
         self.sink = sink
         self.layouts = layouts
         self.uses: list[Use] = []
+        self._reference = weakref.ref(self)
         #: output shapes of the generic rule by its index, so that the probe can compare two sizes
         self.generic: list[Any] = []
         first = next(iter(parameters.values()))
@@ -222,10 +223,10 @@ class Capture(TorchFunctionMode):
             )
         if self._replay is not None:
             # the graph of a recomputation is thrown away: only what it saves is wanted
-            return Use(-1, rule, value.detach(), operation, weakref.ref(self))
+            return Use(-1, rule, value.detach(), operation, self._reference)
         if not self.checkpointed:
             self.checkpointed = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-        use = Use(len(self.uses), rule, value, operation, weakref.ref(self))
+        use = Use(len(self.uses), rule, value, operation, self._reference)
         self.uses.append(use)
         return use
 

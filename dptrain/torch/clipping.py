@@ -195,10 +195,12 @@ class ClippedGrad:
         if into is None and not self.ranks.alone:
             into = self._begin(parameters)
         self.check_into(into, parameters)
-        if mask is not None and not bool(mask.any()):
+        included = batch_size if mask is None else int(mask.sum())
+        if not included:
             nothing = self._nothing(parameters, batch_size)
             return nothing if into is None else into.extended(nothing.norms, nothing.losses)
-        safe = functools.cache(lambda: batch if mask is None else replace_rows(batch, mask))
+        whole = mask is None or included == batch_size
+        safe = functools.cache(lambda: batch if whole else replace_rows(batch, mask))
         if self.method.capture in (methods.Capture.USES, methods.Capture.PLANNED):
             return self._clip(parameters, batch, safe, mask, batch_size, into, last)
         key = signature(self.model, parameters, batch)
@@ -266,7 +268,7 @@ class ClippedGrad:
         key = signature(self.model, parameters, batch)
         probed_again = False
         while True:
-            plan = self.plan(batch, mask)
+            plan = self._plan(key, parameters, batch, mask, batch_size)
             if plan.parts > 1:
                 return self._in_parts(plan.part_size, batch, mask, batch_size, into, last)
 
@@ -353,6 +355,11 @@ class ClippedGrad:
         parameters = trainable(self.model)
         check_model(self.model, parameters, self.method)
         key = signature(self.model, parameters, batch)
+        return self._plan(key, parameters, batch, mask, batch_size)
+
+    def _plan(
+        self, key: Any, parameters: dict[str, Tensor], batch: Any, mask: Tensor | None, batch_size: int
+    ) -> Plan:
         if key not in self.plans:
             self.plans[key] = self._probe(parameters, batch, mask, batch_size)
         return self.plans[key]

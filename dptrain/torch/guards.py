@@ -15,6 +15,7 @@ from dptrain.core.methods import Method
 
 from .capture import Capture
 from .errors import WRITTEN, Refused
+from .full_precision import is_full
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
@@ -97,6 +98,18 @@ def parameters_untouched(parameters: Iterable[Tensor]) -> Iterator[None]:
     yield
     if any(p._version != version for p, version in before):
         raise Refused(WRITTEN)
+
+
+@contextlib.contextmanager
+def precision_untouched(device: torch.device) -> Iterator[None]:
+    """Refuse a backward pass that changes what float32 means to products, for norms rely on it."""
+    before = is_full(device)
+    yield
+    if is_full(device) != before:
+        raise Refused(
+            "the backward pass of the model changes the precision of float32 products for everyone "
+            "(torch.set_float32_matmul_precision): set it once, before training."
+        )
 
 
 def check_buffers(model: nn.Module, capture: Capture) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +58,16 @@ class Plan:
     #: the spacing of the integer grid that examples are summed on; all groups are then pulled back one by one
     grid: float | None = None
 
-    @property
+    @functools.cached_property
+    def group_of(self) -> dict[int, tuple[int, Group, Route]]:
+        """By use: the number of its group, the group and its route."""
+        return {
+            index: (number, group, route)
+            for number, (group, route) in enumerate(zip(self.findings.groups, self.routes))
+            for index in group.uses
+        }
+
+    @functools.cached_property
     def results(self) -> frozenset[int]:
         """Uses, by index, whose norm needs what their operation yielded."""
         return frozenset(
@@ -67,7 +77,7 @@ class Plan:
             for index in group.uses
         )
 
-    @property
+    @functools.cached_property
     def second_backward(self) -> bool:
         return any(route.sum == "second-backward" for route in self.routes)
 

@@ -366,6 +366,36 @@ def test_float32_is_float32_in_norms_and_sums(method, monkeypatch):
     assert found and set(found) == {"ieee"}
 
 
+def test_a_backward_pass_that_lowers_the_precision_is_refused():
+    """Rule 7: whether float32 is float32 is asked once for a backward pass, so it must stay as it was."""
+
+    class Lowers(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, g):
+            if lowers:
+                torch.set_float32_matmul_precision("medium")
+            return g
+
+    class Model(nn.Linear):
+        def forward(self, x):
+            return Lowers.apply(super().forward(x))
+
+    lowers = False
+    clipped = dpt.clipped_grad(Model(4, 3), lambda model, x: model(x).square().sum(1), clip_norm=1.0)
+    clipped(torch.randn(5, 4))
+    before = torch.get_float32_matmul_precision()
+    lowers = True
+    try:
+        with pytest.raises(dpt.Refused, match="changes the precision"):
+            clipped(torch.randn(5, 4))
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.parametrize("size", [1, 1000, 1024, 1030, 5000, 8192])
 def test_norms_in_float32_leave_nothing_out(size):
     """Rule 7: they are joined from blocks, and the last one may be short."""

@@ -12,7 +12,7 @@ from ..functions import GroupedLinearFunction, LinearFunction
 from ..uses.broadcast import Broadcast
 from ..uses.linear import GroupedLinear, Linear
 from .generic import generic
-from .values import lowered, origin
+from .values import entering, lowered, origin
 
 
 def linear_map(capture: Capture, x: Tensor, weight, bias, transposed: bool, operation: str) -> Tensor:
@@ -30,11 +30,9 @@ def linear_map(capture: Capture, x: Tensor, weight, bias, transposed: bool, oper
     if bias is not None and capture.is_parameter(bias):
         aligned = (1,) * (x.dim() - 1) + tuple(bias.shape)
         bias_use = capture.use(Broadcast(aligned), bias, operation + " bias")
-    w = weight.detach().mT if transposed else weight.detach()
-    b = None if bias is None else bias.detach()
-    return LinearFunction.apply(
-        x, w.to(x.dtype), None if b is None else b.to(x.dtype), capture.anchor, weight_use, bias_use
-    )
+    w = entering(weight, x.dtype)
+    b = None if bias is None else entering(bias, x.dtype)
+    return LinearFunction.apply(x, w.mT if transposed else w, b, capture.anchor, weight_use, bias_use)
 
 
 def linear(capture, func, input, weight, bias=None):

@@ -13,7 +13,7 @@ from ..errors import Refused
 from ..functions import GroupNormFunction, LayerNormFunction
 from ..uses.broadcast import Broadcast
 from .generic import generic
-from .values import raised
+from .values import entering, raised
 
 
 def refuse_batch_statistics(func, args: tuple, kwargs: dict) -> None:
@@ -58,7 +58,7 @@ def layer_norm(capture, func, input, normalized_shape, weight=None, bias=None, e
         if value is not None and capture.is_parameter(value):
             uses[i] = capture.use(Broadcast((*lead, *value.shape)), value, "layer_norm" + label)
     x = raised(input)
-    w, b = (None if v is None else v.detach().to(x.dtype) for v in (weight, bias))
+    w, b = (None if v is None else entering(v, x.dtype) for v in (weight, bias))
     return LayerNormFunction.apply(x, shape, w, b, eps, capture.anchor, *uses)
 
 
@@ -78,7 +78,7 @@ def group_norm(capture, func, input, num_groups, weight=None, bias=None, eps=1e-
     for i, (value, label) in enumerate(((weight, ""), (bias, " bias"))):
         if value is not None and capture.is_parameter(value):
             uses[i] = capture.use(Broadcast((1, *value.shape)), value, "group_norm" + label)
-    w, b = (None if v is None else v.detach().to(x.dtype) for v in (weight, bias))
+    w, b = (None if v is None else entering(v, x.dtype) for v in (weight, bias))
     return GroupNormFunction.apply(x, num_groups, w, b, eps, capture.anchor, *uses)
 
 

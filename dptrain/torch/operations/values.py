@@ -45,6 +45,12 @@ def spread(capture: Capture, value: Tensor, shape: torch.Size | tuple, operation
     return capture.mark_data(ExpandFunction.apply(value.detach(), torch.Size(shape), capture.anchor, use))
 
 
+def entering(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A parameter-only value as an operation on data takes it: detached, in the type of the data."""
+    value = value.detach()
+    return value if value.dtype == dtype else value.to(dtype)
+
+
 def forget(value: Tensor) -> None:
     """A value that is written to is no longer what it was expanded from."""
     for tensor in (value, value._base):

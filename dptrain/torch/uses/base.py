@@ -157,12 +157,13 @@ def squared_norm(gradients: Tensor) -> Tensor:
         return torch.linalg.vector_norm(flat, dim=1).square()
     # A CPU's norm adds one square after the other, and in float32 the sum of millions of them swallows
     # the small ones, so that the norm is understated. Blocks are joined in float64.
-    whole = flat.shape[1] - flat.shape[1] % BLOCK
-    parts = torch.linalg.vector_norm(flat[:, :whole].unflatten(1, (-1, BLOCK)), dim=2)
-    if whole < flat.shape[1]:
-        rest = torch.linalg.vector_norm(flat[:, whole:], dim=1, keepdim=True)
+    over = flat.shape[1] % BLOCK
+    whole = flat[:, : flat.shape[1] - over] if over else flat
+    parts = torch.linalg.vector_norm(whole.reshape(len(flat), -1, BLOCK), dim=2)
+    if over:
+        rest = torch.linalg.vector_norm(flat[:, -over:], dim=1, keepdim=True)
         parts = torch.cat([parts, rest], 1)
-    return parts.double().square_().sum(1).to(flat.dtype)
+    return torch.linalg.vector_norm(parts, dim=1, dtype=torch.float64).square_().to(flat.dtype)
 
 
 def reduce_to(gradient: Tensor, aligned: tuple[int, ...], layout: Placement, batch_size: int) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..layout import Routed
+from ..layout import Layout, Routed
 from .base import Rule, add_to, reduce_to, wide_type, widen
 
 
@@ -20,6 +20,10 @@ class Broadcast(Rule):
         return max((axis + 1 for axis, size in enumerate(self.aligned) if size == 1), default=0)
 
     def example_gradients(self, value, a, g, layout, batch_size, out=None):
+        lead = g.dim() - len(value)
+        leading = isinstance(layout, Layout) and layout.axis == 0 and layout.outer == 1
+        if leading and lead > 0 and g.shape[lead:] == value:  # a bias or a scale, as most are: in two calls
+            return g.reshape(batch_size, -1, *value).sum(1, dtype=wide_type(g.dtype))
         return reduce_to(g, self.aligned, layout, batch_size).reshape(batch_size, *value)
 
     def contract(self, value, a, g, weights, layout, batch_size, into=None):
