@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from dptrain import __version__
+from dptrain.core.processors import busy_s
 
 PACKAGE = Path(__file__).resolve().parent.parent
 #: those whose versions every record tells
@@ -90,11 +91,11 @@ class Quiet:
 
     def __enter__(self) -> Quiet:
         self.before = os.getloadavg()
-        self._start = (time.perf_counter(), own_cpu_s(), all_cpu_s())
+        self._start = (time.perf_counter(), own_cpu_s(), busy_s())
         return self
 
     def __exit__(self, *_: Any) -> None:
-        wall, own, everyone = time.perf_counter(), own_cpu_s(), all_cpu_s()
+        wall, own, everyone = time.perf_counter(), own_cpu_s(), busy_s()
         self.after = os.getloadavg()
         if everyone is not None and self._start[2] is not None:
             foreign = (everyone - self._start[2]) - (own - self._start[1])
@@ -111,12 +112,3 @@ class Quiet:
 def own_cpu_s() -> float:
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
-
-
-def all_cpu_s() -> float | None:
-    """Busy seconds of all cores since boot: user, nice, system, irq, softirq, steal."""
-    stat = Path("/proc/stat")
-    if not stat.is_file():
-        return None
-    user, nice, system, _, _, irq, soft, steal = map(int, stat.read_text().splitlines()[0].split()[1:9])
-    return (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,9 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dptrain.torch as dpt
 from dptrain.bench.contestant import Contestant, Unsupported, accounted
+from dptrain.bench.torch_products import SameProducts
 from dptrain.bench.torch_task import Task
 from dptrain.core import methods
 from dptrain.core.entropy import Key
+from dptrain.torch import products
 from dptrain.torch.ranks import all_ranks
 from dptrain.torch.sections import section
 
@@ -29,6 +32,8 @@ def baselines(task: Task) -> dict[str, Callable[[], Contestant]]:
     if task.case.compile:
         names += [f"{name}, compiled" for name in names if name.startswith("kept")]
         names += ["kept, graphs"] * task.case.device.startswith("cuda")
+    elif task.case.device == "cpu" and task.case.precision == "fp32" and products.onednn_is_faster():
+        names += [f"{name}, products as here" for name in names if name.startswith("kept")]
     return {f"non-private {name}": lambda name=name: non_private(task, name) for name in names}
 
 
@@ -48,7 +53,8 @@ def non_private(task: Task, variant: str) -> Contestant:
     """Ordinary training: ``kept``, whose ``.grad`` buffers stay, or ``fresh``, whose are made anew.
 
     Either accumulates over the physical batches of a logical one and divides by its size once.
-    ``compiled`` is torch.compile, ``graphs`` the same with CUDA graphs.
+    ``compiled`` is torch.compile, ``graphs`` the same with CUDA graphs, ``products as here`` has its matrix
+    products done as dptrain does its own.
     """
     if "channels last" in variant:
         task = Task(replace(task.case, channels_last=True))
@@ -63,12 +69,13 @@ def non_private(task: Task, variant: str) -> Contestant:
         mode = "reduce-overhead" if "graphs" in variant else None
         run = torch.compile(total_loss, dynamic=False, mode=mode)
     kept = variant.startswith("kept")
+    how = SameProducts() if "products as here" in variant else contextlib.nullcontext()
     if kept:  # buffers of our own, also where a graph would hand out its memory
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
 
     def step() -> None:
-        with section("forward"):
+        with section("forward"), how:
             loss = run(batch)
         with section("backward"):
             loss.backward()

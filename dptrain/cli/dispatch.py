@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 
@@ -12,6 +11,7 @@ from rich.markup import escape
 
 from dptrain.cli.terminal import Terminal
 from dptrain.core.printable import is_printable
+from dptrain.core.processors import share_threads
 
 COMMANDS = {
     "train": "Train a model with differential privacy.",
@@ -48,9 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A model may be named by an import path from here, which an installed script does not search.
     if "" not in sys.path:
         sys.path.insert(0, "")
-    # On a machine that others use too, threads that spin while they wait for each other slow a run.
-    # OpenMP reads this when PyTorch loads; whoever set it keeps their choice.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    share_threads()
     # Imported late: the commands need PyTorch, which takes seconds to load.
     command = importlib.import_module(f"dptrain.cli.{name}")
     try:

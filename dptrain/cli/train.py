@@ -11,6 +11,7 @@ import tyro
 from dptrain.cli.display import RunDisplay, show_outcome
 from dptrain.cli.errors import BAD_INPUT_ERRORS
 from dptrain.cli.terminal import Terminal
+from dptrain.core.allocation import keep_freed_memory
 from dptrain.recipes import RECIPES, recipe
 from dptrain.report import draw_curves
 from dptrain.torch.ranks import Ranks
@@ -28,6 +29,7 @@ INTERRUPTED = 130
 
 def run(arguments: Sequence[str]) -> int:
     """Train as the flags say, over a recipe, a configuration file or a saved run, over the defaults."""
+    keep_freed_memory()
     with termination_as_interruption(), joined() as ranks:
         if ranks.leads:
             return _lead(arguments, ranks)

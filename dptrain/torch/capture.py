@@ -49,6 +49,23 @@ def storage_key(tensor: Tensor) -> int:
 MARK = "_dptrain_mark"  # on tensors of one forward pass, never on modules
 
 
+def _writes(name: str) -> bool:
+    """Whether an operation of this name writes into its first argument."""
+    if name in ("__setitem__", "__set__"):
+        return True
+    if name.endswith("__"):
+        return name.startswith("__i") and name != "__index__"
+    return name.endswith("_")
+
+
+@functools.cache
+def _is_ordinary(name: str) -> bool:
+    """Whether an operation of this name on data is no concern of ours but for its result, which is data."""
+    from . import operations
+
+    return not (_writes(name) or name == "register_hook" or operations.is_special(name))
+
+
 class Sort(Enum):
     CONSTANT = 0
     PARAMETER = 1
@@ -241,6 +258,15 @@ class Capture(TorchFunctionMode):
         return self.call(func, args, kwargs, data, parameter)
 
     def call(self, func, args, kwargs, data: bool, parameter: bool) -> Any:
+        if data and not parameter and _is_ordinary(getattr(func, "__name__", "")) and "out" not in kwargs:
+            out = func(*args, **kwargs)
+            if type(out) is Tensor:
+                setattr(out, MARK, self._data)
+                return out
+            return self._marked_results(out)
+        return self._call(func, args, kwargs, data, parameter)
+
+    def _call(self, func, args, kwargs, data: bool, parameter: bool) -> Any:
         from . import operations
 
         if data and not self.scattered:
@@ -263,17 +289,18 @@ class Capture(TorchFunctionMode):
         out = func(*args, **kwargs)
         if data:
             self.hooked |= getattr(func, "__name__", "") == "register_hook"
-            if isinstance(out, Iterator):  # ``for row in tensor``
-                return iter(self.mark_data(list(out)))
-            self._mark_results(func, args, kwargs, out)
+            self._mark_targets(func, args, kwargs)
+            out = self._marked_results(out)
         return out
 
-    def _mark_results(self, func, args, kwargs, out) -> None:
-        name = getattr(func, "__name__", "")
-        in_place = name in ("__setitem__", "__set__") or (
-            name.startswith("__i") and name.endswith("__") and name != "__index__"
-        )
-        if in_place or (name.endswith("_") and not name.endswith("__")):
+    def _marked_results(self, out: Any) -> Any:
+        if isinstance(out, Iterator):  # ``for row in tensor``
+            return iter(self.mark_data(list(out)))
+        return self.mark_data(out)
+
+    def _mark_targets(self, func, args, kwargs) -> None:
+        """Declare that an operation has written data into some of its arguments, if it has."""
+        if _writes(getattr(func, "__name__", "")):
             target = args[0]
             self._check_target(target)
             self.mark_data(target)
@@ -281,8 +308,6 @@ class Capture(TorchFunctionMode):
                 self.mark_data(target._base)
         if "out" in kwargs:
             self.mark_data(kwargs["out"])
-        if not isinstance(out, (torch.Size, bool, int, float, str, type(None))):
-            self.mark_data(out)
 
     def _check_target(self, target: Any) -> None:
         """Data written into a parameter would be released as it is; ``.data`` hides it from autograd."""

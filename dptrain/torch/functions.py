@@ -8,9 +8,9 @@ its output to its uses, and returns the gradient of the data alone.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch.autograd import Function
 
+from . import products
 from .uses.base import is_channels_last
 
 aten = torch.ops.aten
@@ -23,7 +23,7 @@ class LinearFunction(Function):
     def forward(ctx, x, weight, bias, anchor, weight_use, bias_use):
         ctx.save_for_backward(x if weight_use is not None else None, weight)
         ctx.uses = weight_use, bias_use
-        return F.linear(x, weight, bias)
+        return products.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, g):
@@ -33,7 +33,7 @@ class LinearFunction(Function):
             weight_use.arrive(x, g)
         if bias_use is not None:
             bias_use.arrive(None, g)
-        return (g @ weight if ctx.needs_input_grad[0] else None), *[None] * 5
+        return (products.product(g, weight) if ctx.needs_input_grad[0] else None), *[None] * 5
 
 
 class GroupedLinearFunction(Function):

@@ -19,6 +19,7 @@ from dptrain.core.remembered import Remembered, processor, remembered
 from .device_memory import ran_out_of_memory, total_memory
 from .full_precision import full_precision
 from .layout import Layout
+from .products import onednn_is_faster
 from .standardised import Standardisation
 from .uses.base import squared_norm, weighted_sum
 from .uses.lookup import Lookup
@@ -147,6 +148,6 @@ def stopwatch(device: torch.device, dtype: torch.dtype) -> Stopwatch:
         name, threads = torch.cuda.get_device_name(device), ""
     else:
         name = f"{processor()} {torch.backends.cpu.get_cpu_capability()}"
-        threads = str(torch.get_num_threads())
+        threads = f"{torch.get_num_threads()} {'oneDNN' if onednn_is_faster() else ''}"
     machine = f"{__version__} {name} {torch.__version__} {threads}"
     return Stopwatch(device, dtype, remembered("routes", machine))

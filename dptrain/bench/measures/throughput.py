@@ -10,12 +10,14 @@ from dptrain.bench.contestant import Contestant
 from dptrain.bench.engines import enter
 from dptrain.bench.outcome import failure
 from dptrain.bench.recompilations import recompilations
+from dptrain.core.allocation import keep_freed_memory
 from dptrain.torch.ranks import all_ranks
 from dptrain.training.device import matmul_precision
 
 
 def throughput(case: Case) -> dict[str, Any]:
     """Check, warm up, race; see docs/records.md for the fields."""
+    keep_freed_memory()  # as a training run does, for all alike
     with matmul_precision(case.precision):
         field = enter(case)
         own: Contestant | None = None

@@ -5,8 +5,17 @@ functions by looking inside them, and the generic rule for the rest. Rules are w
 other operations where they can be: ``capture(function, ...)`` calls one as the model would.
 """
 
-from .dispatch import METADATA, chosen, metadata, mixed, parameter_only
+from .dispatch import METADATA, chosen, is_special, metadata, mixed, parameter_only
 from .norms import refuse_batch_statistics
 from .scattering import scatters
 
-__all__ = ["METADATA", "chosen", "metadata", "mixed", "parameter_only", "refuse_batch_statistics", "scatters"]
+__all__ = [
+    "METADATA",
+    "chosen",
+    "is_special",
+    "metadata",
+    "mixed",
+    "parameter_only",
+    "refuse_batch_statistics",
+    "scatters",
+]

@@ -17,6 +17,7 @@ from .generic import generic
 from .joining import attention, cat, column_stack, prelu
 from .linear import addmm, baddbmm, dot, einsum, grouped_mm, linear, matmul, outer
 from .norms import (
+    BATCH_STATISTICS,
     batch_norm,
     group_norm,
     instance_norm,
@@ -26,6 +27,7 @@ from .norms import (
 )
 from .pointwise import pointwise, pointwise_name
 from .recurrent import cell, layer
+from .scattering import NAMES as SCATTERING
 from .tables import embedding, embedding_bag, getitem, index_select, setitem
 from .values import compact, detached, forget, remember
 
@@ -89,6 +91,11 @@ RULES = {
     "rnn_relu_cell": cell,
     "prelu": prelu,
 }
+
+
+def is_special(name: str) -> bool:
+    """Whether an operation of this name may want attention though no parameter takes part in it."""
+    return not name or name in METADATA or name in SCATTERING or name in BATCH_STATISTICS
 
 
 def mixed(capture: Capture, func, args: tuple, kwargs: dict) -> Any:

@@ -15,13 +15,11 @@ from ..uses.broadcast import Broadcast
 from .generic import generic
 from .values import entering, raised
 
+BATCH_STATISTICS = {"batch_norm", "_batch_norm_impl_index", "native_batch_norm"}
+
 
 def refuse_batch_statistics(func, args: tuple, kwargs: dict) -> None:
-    if getattr(func, "__name__", "") not in (
-        "batch_norm",
-        "_batch_norm_impl_index",
-        "native_batch_norm",
-    ):
+    if getattr(func, "__name__", "") not in BATCH_STATISTICS:
         return
     training = kwargs.get("training", args[5] if len(args) > 5 else False)
     if training:

@@ -58,5 +58,5 @@ def pointwise(capture: Capture, func, name: str, args: tuple, kwargs: dict) -> A
     args, kwargs = tree_unflatten(entered, tree)
     out = func(*args, **kwargs)
     if in_place:
-        capture._mark_results(func, args, kwargs, out)
+        capture._mark_targets(func, args, kwargs)
     return out

@@ -98,5 +98,5 @@ def setitem(capture, func, tensor, index, value):
     if capture.is_parameter(value):
         value = spread(capture, value, tensor.detach()[index].shape, "setitem")
     out = func(tensor, index, value)
-    capture._mark_results(func, (tensor, index, value), {}, out)
+    capture._mark_targets(func, (tensor, index, value), {})
     return out

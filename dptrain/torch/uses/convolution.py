@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import products
 from ..layout import Layout, Placement
 from . import gram
 from .base import Factors, Rule, Size, add_to, widen
@@ -209,7 +210,11 @@ class Convolution(Rule):
         each = out.view(batch_size, self.groups, value[0] // self.groups, value[1:].numel())
         done = 0
         for rows, cols in self._factor_chunks(image, outcome, batch_size):
-            torch.matmul(rows.mT, cols, out=each[done : done + len(rows)])
+            place = each[done : done + len(rows)]
+            if self.groups == 1:
+                products.each(rows.squeeze(1), cols.squeeze(1), place.squeeze(1))
+            else:
+                torch.matmul(rows.mT, cols, out=place)
             done += len(rows)
         return out
 

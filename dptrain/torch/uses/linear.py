@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import products
 from ..layout import Placement, Routed
 from . import gram
 from .base import Factors, Rule, Size, add_to, positions_of, reduce_to, widen
@@ -44,7 +45,7 @@ class Linear(Rule):
 
     def example_gradients(self, value, a, g, layout, batch_size, out=None):
         rows, cols = self._examples(a, g, layout, batch_size)
-        return torch.bmm(rows.mT, cols, out=out)
+        return products.each(rows, cols, out)
 
     def contract(self, value, a, g, weights, layout, batch_size, into=None):
         a, g = widen(a), widen(g)
@@ -54,7 +55,7 @@ class Linear(Rule):
             else:
                 g = g * layout.per_row(weights, g.dim())
         rows, cols = (t.reshape(-1, t.shape[-1]) for t in self._order(a, g))
-        return rows.mT @ cols if into is None else into.addmm_(rows.mT, cols)
+        return products.add_product(into, rows, cols)
 
 
 @dataclass(frozen=True)

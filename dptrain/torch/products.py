@@ -1,0 +1,90 @@
+"""Float32 matrix products on a CPU, by the library that is faster there.
+
+PyTorch hands them to Intel's MKL, which on processors of other makers keeps to AVX2 and leaves half of what
+AVX-512 can do unused. oneDNN, which PyTorch brings along for convolutions, does not
+(`results/cpu-products.json`). The engine does the products of linear maps itself, so it can choose; in other
+types, on other machines and where products are small it does as PyTorch does.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import Parameter
+
+from dptrain.core.remembered import processor
+
+#: multiplications of a product from which on oneDNN's preparations do not matter
+WORTHWHILE = 2**22
+#: elements of an example's gradient from which on it pays to transpose the example's operands for oneDNN
+WIDE = 10**5
+#: the same where positions lie side by side already, as those of images do
+NARROW = 10**4
+
+
+@functools.cache
+def onednn_is_faster() -> bool:
+    """Whether MKL leaves AVX-512 unused here; by the processor alone, so that runs can be repeated."""
+    backends = torch.backends
+    return (
+        "AMD" in processor()
+        and backends.cpu.get_cpu_capability() == "AVX512"
+        and backends.mkl.is_available()
+        and backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + b``: ``[..., K]``, ``[N, K]``, ``[N]`` -> ``[..., N]``."""
+    if x.numel() * weight.shape[0] >= WORTHWHILE and _suits(x, weight):
+        return _onednn(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """``[..., N] @ [N, K]``."""
+    if left.numel() * right.shape[1] >= WORTHWHILE and _suits(left, right):
+        return _onednn(left, right.mT)
+    return left @ right
+
+
+def add_product(into: Tensor | None, rows: Tensor, cols: Tensor) -> Tensor:
+    """``rows^T cols``, of ``[T, R]`` and ``[T, C]``, added to ``into [R, C]`` in place if there is one."""
+    if rows.numel() * cols.shape[1] >= WORTHWHILE and _suits(rows, cols):
+        total = _onednn(rows.mT, cols.mT)
+        return total if into is None else into.add_(total)
+    return rows.mT @ cols if into is None else into.addmm_(rows.mT, cols)
+
+
+def each(rows: Tensor, cols: Tensor, out: Tensor | None = None) -> Tensor:
+    """``rows[b]^T cols[b]``, of ``[B, T, R]`` and ``[B, T, C]``: ``[B, R, C]``, in ``out`` if there is
+    one."""
+    size = rows.shape[2] * cols.shape[2]
+    enough = NARROW if rows.stride(1) == cols.stride(1) == 1 else WIDE
+    if not (size >= enough and size * rows.shape[1] >= WORTHWHILE and _suits(rows, cols)):
+        return torch.bmm(rows.mT, cols, out=out)
+    out = rows.new_empty(len(rows), rows.shape[2], cols.shape[2]) if out is None else out
+    for left, right, place in zip(rows, cols, out):
+        place.copy_(_onednn(left.mT, right.mT))
+    return out
+
+
+def _suits(left: Tensor, right: Tensor) -> bool:
+    """Whether oneDNN may do a product: not of what tracing puts in the place of tensors, for one."""
+    return (
+        onednn_is_faster()
+        and left.dtype == right.dtype == torch.float32
+        and left.device.type == right.device.type == "cpu"
+        and left.dim() > 1
+        and type(left) in (Tensor, Parameter)
+        and type(right) in (Tensor, Parameter)
+        and torch._C._get_mkldnn_enabled()
+    )
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
