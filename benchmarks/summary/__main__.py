@@ -129,6 +129,7 @@ def main() -> None:
         page.write_text(text)
     figure.draw(found, ROOT / "docs" / "images" / "speed.png")
     figure.draw(found, ROOT / "docs" / "images" / "speed-gpu.png", "cuda")
+    figure.draw_benched(found, ROOT / "docs" / "images" / "speed-benched.png")
 
 
 if __name__ == "__main__":

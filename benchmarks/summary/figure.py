@@ -11,7 +11,18 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from .tables import best, bookkeeping, of_kind, ours, plain, title
+from .tables import (
+    SAME_PRODUCTS,
+    baseline_of,
+    best,
+    bookkeeping,
+    case_title,
+    of_kind,
+    ours,
+    plain,
+    throughput,
+    title,
+)
 
 DARK, LIGHT, GREY, PALE = "#1b6ca8", "#7fb2d9", "#9a9a9a", "#d0d0d0"
 #: label, colour, and whom it shows
@@ -69,3 +80,34 @@ def bars(axis: Axes, place: int, record: dict[str, Any]) -> None:
         hatch = {"hatch": "///", "edgecolor": "white"} if skipped else {}
         axis.barh(where, value, 0.92 * height, color=colour, **hatch)
         axis.text(value - 0.01, where, f"{value:.2f}", ha="right", va="center", fontsize=7, color=INK[colour])
+
+
+def draw_benched(found: dict[str, dict[str, Any]], path: Path) -> None:
+    """Examples per second of each case, of PyTorch's ordinary training as one."""
+    records = list(throughput(found).values())
+    if not records:
+        return
+    figure, axis = plt.subplots(figsize=(8, 0.9 + 0.55 * len(records)))
+    for place, record in enumerate(records):
+        (mine,) = (c for c in record["results"]["contestants"].values() if c["role"] == "case")
+        own, same = baseline_of(record), baseline_of(record, SAME_PRODUCTS)
+        shown = [(mine, DARK)] + ([] if same is None else [(same[1], PALE)])
+        for i, (contestant, colour) in enumerate(shown):
+            value = own[1]["logical_step_s"] / contestant["logical_step_s"]
+            where = place + (i - (len(shown) - 1) / 2) * 0.8 / len(shown)
+            axis.barh(where, value, 0.74 / len(shown), color=colour)
+            axis.text(
+                value - 0.01, where, f"{value:.2f}", ha="right", va="center", fontsize=7, color=INK[colour]
+            )
+    axis.barh([0], [0], color=DARK, label="private, dptrain auto")
+    axis.barh([0], [0], color=PALE, label="non-private, with dptrain's matrix products")
+    axis.axvline(1.0, color="black", linewidth=1, linestyle="--", label="non-private, PyTorch's best")
+    axis.set_yticks(range(len(records)), [case_title(record["case"]) for record in records])
+    axis.invert_yaxis()
+    axis.set_xlabel("speed relative to PyTorch's best non-private training")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize=8)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,6 +1,7 @@
 """Memory that a training process frees and takes again at every step."""
 
 import ctypes
+import os
 import sys
 
 #: glibc's ``mallopt``: how much may lie free at the end of the heap, and how many blocks come straight from
@@ -10,14 +11,14 @@ _WITHOUT_LIMIT, _NONE = -1, 0
 
 
 def keep_freed_memory() -> bool:
-    """Have the C library keep memory that is freed, for the whole process; False where it cannot be told.
+    """Have the C library keep memory that is freed, for the whole process; False where it is not told.
 
     By itself glibc gives large blocks back to the system, which finds and clears their pages again when the
-    next step asks for them: some 7 us for each 4 KiB, a tenth of a step of a vision transformer. The process
-    then stays as large as it has ever been. What the user has set (``MALLOC_ARENA_MAX`` and its kin aside) is
-    overruled; other allocators take no notice.
+    next step asks for them, and that can be a tenth of a step. The process then stays as large as it has ever
+    been. Whoever has set variables of glibc's allocator keeps their choice.
     """
-    if not sys.platform.startswith("linux"):
+    chosen = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
+    if chosen or not sys.platform.startswith("linux"):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
