@@ -106,7 +106,7 @@ def draw_benched(found: dict[str, dict[str, Any]], path: Path) -> None:
     axis.invert_yaxis()
     axis.set_xlabel("speed relative to PyTorch's best non-private training")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize=8)
+    axis.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3, frameon=False, fontsize=8)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -60,3 +60,8 @@ def test_freed_memory_is_kept(monkeypatch):
     if not told:
         pytest.skip("another C library")
     assert faults[True] < 1000 < faults[False]
+
+
+def test_whoever_has_set_glibc_s_allocator_keeps_it(monkeypatch):
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000000")
+    assert not keep_freed_memory()

@@ -366,6 +366,21 @@ def test_float32_is_float32_in_norms_and_sums(method, monkeypatch):
     assert found and set(found) == {"ieee"}
 
 
+@pytest.mark.parametrize("method", ["auto", "ghost", "per-example"])
+def test_rule_4_no_model_sees_what_masked_rows_hold(method):
+    """Padding may hold words that there are not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(12, 3)).double()
+    loss_fn = lambda model, tokens: model(tokens).square().sum(1)  # noqa: E731
+    tokens, mask = torch.randint(7, (5, 3)), torch.tensor([True, False, True, True, False])
+    clipped = dpt.clipped_grad(model, loss_fn, clip_norm=0.5, method=method)
+    want = clipped(tokens[mask])
+    found = clipped(torch.where(mask[:, None], tokens, 10**6), mask)
+    for name, total in want.grads.items():
+        torch.testing.assert_close(found.grads[name], total)
+    assert not found.norms[~mask].any()
+
+
 def test_a_backward_pass_that_lowers_the_precision_is_refused():
     """Rule 7: whether float32 is float32 is asked once for a backward pass, so it must stay as it was."""
 
