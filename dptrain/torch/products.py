@@ -13,10 +13,13 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 
 from dptrain.core.remembered import processor
 
+#: of tensors: under make_fx (``compile.py``) they are fake
+KINDS = (Tensor, Parameter, FakeTensor)
 #: multiplications of a product from which on oneDNN's preparations do not matter
 WORTHWHILE = 2**22
 #: elements of an example's gradient from which on it pays to transpose the example's operands for oneDNN
@@ -65,7 +68,8 @@ def each(rows: Tensor, cols: Tensor, out: Tensor | None = None) -> Tensor:
     one."""
     size = rows.shape[2] * cols.shape[2]
     enough = NARROW if rows.stride(1) == cols.stride(1) == 1 else WIDE
-    if not (size >= enough and size * rows.shape[1] >= WORTHWHILE and _suits(rows, cols)):
+    traced = type(rows) is FakeTensor  # into a graph, to which a product for each example adds too much
+    if traced or size < enough or size * rows.shape[1] < WORTHWHILE or not _suits(rows, cols):
         return torch.bmm(rows.mT, cols, out=out)
     out = rows.new_empty(len(rows), rows.shape[2], cols.shape[2]) if out is None else out
     for left, right, place in zip(rows, cols, out):
@@ -74,17 +78,33 @@ def each(rows: Tensor, cols: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def _suits(left: Tensor, right: Tensor) -> bool:
-    """Whether oneDNN may do a product: not of what tracing puts in the place of tensors, for one."""
+    """Whether oneDNN may do a product: not of a subclass of tensors that would do it otherwise, for one."""
     return (
         onednn_is_faster()
         and left.dtype == right.dtype == torch.float32
         and left.device.type == right.device.type == "cpu"
         and left.dim() > 1
-        and type(left) in (Tensor, Parameter)
-        and type(right) in (Tensor, Parameter)
+        and type(left) in KINDS
+        and type(right) in KINDS
         and torch._C._get_mkldnn_enabled()
     )
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if type(x) is FakeTensor or type(weight) is FakeTensor:
+        return torch.ops.dptrain.onednn_linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+_SCHEMA = "(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
+
+
+@torch.library.custom_op("dptrain::onednn_linear", mutates_args=(), schema=_SCHEMA)
+def _traced(x, weight, bias):
+    """What stands for a product in a graph, as Inductor takes oneDNN's own operator for constant weights."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@_traced.register_fake
+def _(x, weight, bias):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])

@@ -22,7 +22,8 @@ class Broadcast(Rule):
     def example_gradients(self, value, a, g, layout, batch_size, out=None):
         lead = g.dim() - len(value)
         leading = isinstance(layout, Layout) and layout.axis == 0 and layout.outer == 1
-        if leading and lead > 0 and g.shape[lead:] == value:  # a bias or a scale, as most are: in two calls
+        single = lead == 1 or (lead == 2 and leading and layout.inner == 1)  # one axis of positions
+        if leading and single and g.shape[lead:] == value:  # a bias or a scale, as most are: in two calls
             return g.reshape(batch_size, -1, *value).sum(1, dtype=wide_type(g.dtype))
         return reduce_to(g, self.aligned, layout, batch_size).reshape(batch_size, *value)
 
