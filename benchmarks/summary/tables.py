@@ -203,13 +203,13 @@ def benched(found: dict[str, Record]) -> Rows:
 
 
 def throughput(found: dict[str, Record]) -> dict[str, Record]:
-    """Private records of throughput on a CPU, in the order of the cases."""
+    """Private records of throughput in ``results/cpu``, in the order of the cases."""
 
     def place(item: tuple[str, Record]) -> tuple:
         model = item[1]["case"]["model"].replace("_", "-")
         return ORDER.index(model) if model in ORDER else len(ORDER), item[1]["case"]["compile"], item[0]
 
-    records = measured(found, "throughput")
+    records = {n: r for n, r in measured(found, "throughput").items() if n.startswith("cpu/")}
     fit = {n: r for n, r in records.items() if r["results"]["exactness"]["verdict"] != "non-private"}
     return dict(sorted(fit.items(), key=place))
 
