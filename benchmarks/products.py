@@ -41,15 +41,15 @@ def ways(shape: tuple[int, int, int, int]) -> dict[str, tuple[Callable, Callable
     rows, cols = g.flatten(0, 1), x.flatten(0, 1)
     total, kept = torch.zeros(n, k), torch.zeros(b, n, k)
     return {
-        "forward": (lambda: F.linear(x, w, bias), lambda: products._onednn(x, w, bias)),
-        "input gradient": (lambda: g @ w, lambda: products._onednn(g, w.mT)),
+        "forward": (lambda: F.linear(x, w, bias), lambda: products.by_onednn(x, w, bias)),
+        "input gradient": (lambda: g @ w, lambda: products.by_onednn(g, w.mT)),
         "weight gradient": (
             lambda: total.addmm_(rows.mT, cols),
-            lambda: total.add_(products._onednn(rows.mT, cols.mT)),
+            lambda: total.add_(products.by_onednn(rows.mT, cols.mT)),
         ),
         "each weight gradient": (
             lambda: torch.bmm(g.mT, x, out=kept),
-            lambda: [o.copy_(products._onednn(left.mT, right.mT)) for left, right, o in zip(g, x, kept)],
+            lambda: [o.copy_(products.by_onednn(left.mT, right.mT)) for left, right, o in zip(g, x, kept)],
         ),
     }
 

@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from .tables import (
     SAME_PRODUCTS,
@@ -57,16 +58,27 @@ def draw(found: dict[str, dict[str, Any]], path: Path, device: str = "cpu") -> N
         if any(who(record) for record in records):
             axis.barh([0], [0], color=colour, label=label)
     axis.axvline(1.0, color="black", linewidth=1, linestyle="--")
-    axis.set_yticks(range(len(records)), [title(record) for record in records])
-    axis.invert_yaxis()
     axis.set_xlim(0, 1.08)
     axis.set_xlabel("speed relative to the best non-private training")
+    save(figure, axis, [title(record) for record in records], path)
+
+
+def save(figure: Figure, axis: Axes, labels: list[str], path: Path) -> None:
+    """With a label for each bar from the top, and the legend above."""
+    axis.set_yticks(range(len(labels)), labels)
+    axis.invert_yaxis()
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=5, frameon=False, fontsize=8)
+    axis.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=5, frameon=False, fontsize=8)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def bar(axis: Axes, value: float, where: float, height: float, colour: str, **look: Any) -> None:
+    """One bar, and its value within."""
+    axis.barh(where, value, 0.92 * height, color=colour, **look)
+    axis.text(value - 0.01, where, f"{value:.2f}", ha="right", va="center", fontsize=7, color=INK[colour])
 
 
 def bars(axis: Axes, place: int, record: dict[str, Any]) -> None:
@@ -75,11 +87,9 @@ def bars(axis: Axes, place: int, record: dict[str, Any]) -> None:
     height = HEIGHT / max(1, len(shown))
     for i, (colour, (_, result)) in enumerate(shown):
         skipped = (result.get("float64") or {}).get("skipped")
-        value = result["ratio_to_non_private"]
         where = place + (i - (len(shown) - 1) / 2) * height
         hatch = {"hatch": "///", "edgecolor": "white"} if skipped else {}
-        axis.barh(where, value, 0.92 * height, color=colour, **hatch)
-        axis.text(value - 0.01, where, f"{value:.2f}", ha="right", va="center", fontsize=7, color=INK[colour])
+        bar(axis, result["ratio_to_non_private"], where, height, colour, **hatch)
 
 
 def draw_benched(found: dict[str, dict[str, Any]], path: Path) -> None:
@@ -92,22 +102,12 @@ def draw_benched(found: dict[str, dict[str, Any]], path: Path) -> None:
         (mine,) = (c for c in record["results"]["contestants"].values() if c["role"] == "case")
         own, same = baseline_of(record), baseline_of(record, SAME_PRODUCTS)
         shown = [(mine, DARK)] + ([] if same is None else [(same[1], PALE)])
+        height = HEIGHT / len(shown)
         for i, (contestant, colour) in enumerate(shown):
             value = own[1]["logical_step_s"] / contestant["logical_step_s"]
-            where = place + (i - (len(shown) - 1) / 2) * 0.8 / len(shown)
-            axis.barh(where, value, 0.74 / len(shown), color=colour)
-            axis.text(
-                value - 0.01, where, f"{value:.2f}", ha="right", va="center", fontsize=7, color=INK[colour]
-            )
+            bar(axis, value, place + (i - (len(shown) - 1) / 2) * height, height, colour)
     axis.barh([0], [0], color=DARK, label="private, dptrain auto")
     axis.barh([0], [0], color=PALE, label="non-private, with dptrain's matrix products")
     axis.axvline(1.0, color="black", linewidth=1, linestyle="--", label="non-private, PyTorch's best")
-    axis.set_yticks(range(len(records)), [case_title(record["case"]) for record in records])
-    axis.invert_yaxis()
     axis.set_xlabel("speed relative to PyTorch's best non-private training")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3, frameon=False, fontsize=8)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save(figure, axis, [case_title(record["case"]) for record in records], path)

@@ -190,7 +190,7 @@ def benched(found: dict[str, Record]) -> Rows:
             f"{step(own[1])}, {own[0]}",
             f"**{own[1]['logical_step_s'] / mine['logical_step_s']:.2f}**",
             "–" if same is None else step(same[1]),
-            f"{r['ratio_to_non_private']:.2f} ({low:.2f} to {high:.2f})",
+            "–" if same is None else f"{r['ratio_to_non_private']:.2f} ({low:.2f} to {high:.2f})",
             f"{r['exactness']['verdict']}{'' if error is None else f', {error:.0e}'}",
             f"`results/{name}`",
         ]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dptrain import __version__
-from dptrain.core.processors import busy_s
+from dptrain.core.processors import busy_s, processor
 
 PACKAGE = Path(__file__).resolve().parent.parent
 #: those whose versions every record tells
@@ -65,10 +65,7 @@ def without_places(traceback: str) -> str:
 def machine(device: str) -> dict[str, Any]:
     """Architecture, cores, processor and its vector instructions, and the GPU where one is used."""
     found: dict[str, Any] = {"architecture": platform.machine(), "cores": os.cpu_count()}
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        lines = cpuinfo.read_text().splitlines()
-        found["processor"] = next((x.split(":")[1].strip() for x in lines if "model name" in x), None)
+    found["processor"] = processor() or None
     found["instructions"] = torch.backends.cpu.get_cpu_capability()
     if device.startswith("cuda") and torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name(torch.device(device))

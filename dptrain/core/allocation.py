@@ -13,9 +13,9 @@ _WITHOUT_LIMIT, _NONE = -1, 0
 def keep_freed_memory() -> bool:
     """Have the C library keep memory that is freed, for the whole process; False where it is not told.
 
-    By itself glibc gives large blocks back to the system, which finds and clears their pages again when the
-    next step asks for them, and that can be a tenth of a step. The process then stays as large as it has ever
-    been. Whoever has set variables of glibc's allocator keeps their choice.
+    By itself glibc gives large blocks back to the system, which has to find and clear their pages again when
+    the next step asks for them. The process then stays as large as it has ever been. Whoever has set
+    variables of glibc's allocator keeps their choice.
     """
     chosen = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
     if chosen or not sys.platform.startswith("linux"):

@@ -1,11 +1,21 @@
-"""How busy the processors of this machine are."""
+"""The processors of this machine: what they are called, and how busy they are."""
 
+import contextlib
 import os
 import time
 from pathlib import Path
 
 #: how long to look, and how much of it one core may be busy on a machine that is ours alone
 _LOOK_S, _QUIET = 0.1, 0.3
+
+
+def processor() -> str:
+    """The processor's name, where the system tells."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return ""
 
 
 def busy_s() -> float | None:
@@ -30,9 +40,9 @@ def others_at_work() -> bool:
 def share_threads() -> None:
     """Have OpenMP's threads sleep while they wait for each other if others are at work, else let them spin.
 
-    Two processes whose threads spin take the cores from each other and take many times as long; on a quiet
-    machine waking a thread costs more than most operations of a small model. OpenMP reads this when PyTorch
-    loads; whoever set it keeps their choice.
+    Processes whose threads spin take the cores from each other; on a quiet machine to wake a thread costs
+    more than a small model's operation. OpenMP reads this when PyTorch loads; whoever set it keeps their
+    choice.
     """
     if "OMP_WAIT_POLICY" not in os.environ and others_at_work():
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"

@@ -89,15 +89,6 @@ class _Noted(dict[str, float]):
         return value
 
 
-def processor() -> str:
-    """The processor's name, where the system tells."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return ""
-
-
 def _read(path: Path | None) -> dict[str, float]:
     if path is None:
         return {}

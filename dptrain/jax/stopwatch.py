@@ -18,7 +18,8 @@ import jax
 import numpy as np
 
 from dptrain import __version__
-from dptrain.core.remembered import Remembered, processor, remembered
+from dptrain.core.processors import processor
+from dptrain.core.remembered import Remembered, remembered
 
 from . import versions
 

@@ -131,7 +131,7 @@ class Bookkeeping:
         self.part_of = dict(zip(parameters, rule.partition(list(parameters)), strict=True))
         self.workspace = workspace or Workspace()
         self.group_of = plan.group_of
-        #: looked at once, as it costs as much as a small product; ``guards.precision_untouched``
+        #: asked once and not at every use; ``guards.precision_untouched`` sees to it that it stays so
         self._is_full = is_full(next(iter(parameters.values())).device)
         #: parts of the squared norms ``[B]``, each with the part of the rule that it belongs to
         self.parts: list[tuple[int, Tensor]] = []

@@ -1,7 +1,7 @@
 """Float32 matrix products on a CPU, by the library that is faster there.
 
-PyTorch hands them to Intel's MKL, which on processors of other makers keeps to AVX2 and leaves half of what
-AVX-512 can do unused. oneDNN, which PyTorch brings along for convolutions, does not
+PyTorch hands them to Intel's MKL. On AMD's processors with AVX-512 oneDNN, which PyTorch brings along for
+convolutions, is about twice as fast forward and to the inputs, and faster for most gradients of weights
 (`results/cpu-products.json`). The engine does the products of linear maps itself, so it can choose; in other
 types, on other machines and where products are small it does as PyTorch does.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 
-from dptrain.core.remembered import processor
+from dptrain.core.processors import processor
 
 #: of tensors: under make_fx (``compile.py``) they are fake
 KINDS = (Tensor, Parameter, FakeTensor)
@@ -30,7 +30,7 @@ NARROW = 10**4
 
 @functools.cache
 def onednn_is_faster() -> bool:
-    """Whether MKL leaves AVX-512 unused here; by the processor alone, so that runs can be repeated."""
+    """Whether this is such a processor; by its name alone, so that runs can be repeated."""
     backends = torch.backends
     return (
         "AMD" in processor()
@@ -44,21 +44,21 @@ def onednn_is_faster() -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x W^T + b``: ``[..., K]``, ``[N, K]``, ``[N]`` -> ``[..., N]``."""
     if x.numel() * weight.shape[0] >= WORTHWHILE and _suits(x, weight):
-        return _onednn(x, weight, bias)
+        return by_onednn(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """``[..., N] @ [N, K]``."""
     if left.numel() * right.shape[1] >= WORTHWHILE and _suits(left, right):
-        return _onednn(left, right.mT)
+        return by_onednn(left, right.mT)
     return left @ right
 
 
 def add_product(into: Tensor | None, rows: Tensor, cols: Tensor) -> Tensor:
     """``rows^T cols``, of ``[T, R]`` and ``[T, C]``, added to ``into [R, C]`` in place if there is one."""
     if rows.numel() * cols.shape[1] >= WORTHWHILE and _suits(rows, cols):
-        total = _onednn(rows.mT, cols.mT)
+        total = by_onednn(rows.mT, cols.mT)
         return total if into is None else into.add_(total)
     return rows.mT @ cols if into is None else into.addmm_(rows.mT, cols)
 
@@ -73,7 +73,7 @@ def each(rows: Tensor, cols: Tensor, out: Tensor | None = None) -> Tensor:
         return torch.bmm(rows.mT, cols, out=out)
     out = rows.new_empty(len(rows), rows.shape[2], cols.shape[2]) if out is None else out
     for left, right, place in zip(rows, cols, out):
-        place.copy_(_onednn(left.mT, right.mT))
+        place.copy_(by_onednn(left.mT, right.mT))
     return out
 
 
@@ -90,7 +90,8 @@ def _suits(left: Tensor, right: Tensor) -> bool:
     )
 
 
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear`, by oneDNN."""
     if type(x) is FakeTensor or type(weight) is FakeTensor:
         return torch.ops.dptrain.onednn_linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

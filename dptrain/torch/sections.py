@@ -16,6 +16,5 @@ def section(name: str) -> AbstractContextManager:
 
 
 def profiled() -> bool:
-    """Whether a profiler looks on. To tell it of a section takes 5 us, and twenty times that after a large
-    product, which leaves nothing in the caches: a step of a hundred sections would notice."""
+    """Whether a profiler looks on. A step has hundreds of sections, and to tell nobody of them takes time."""
     return torch.autograd._profiler_enabled()

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from dptrain import __version__
-from dptrain.core.remembered import Remembered, processor, remembered
+from dptrain.core.processors import processor
+from dptrain.core.remembered import Remembered, remembered
 
 from .device_memory import ran_out_of_memory, total_memory
 from .full_precision import full_precision

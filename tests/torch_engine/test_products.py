@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 import dptrain.torch as dpt
 from dptrain.torch import products
@@ -17,13 +18,13 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def calls(monkeypatch):
-    """oneDNN for every product, as if it were faster here; how often it was asked."""
+    """oneDNN for every product, as if it were faster here; the type of what it was asked to multiply."""
     made = []
-    original = products._onednn
+    original = products.by_onednn
     monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
     for name in ("WORTHWHILE", "WIDE", "NARROW"):
         monkeypatch.setattr(products, name, 0)
-    monkeypatch.setattr(products, "_onednn", lambda *each: made.append(1) or original(*each))
+    monkeypatch.setattr(products, "by_onednn", lambda *each: made.append(type(each[0])) or original(*each))
     return made
 
 
@@ -114,6 +115,7 @@ def test_compiled_steps_multiply_likewise(calls, method):
     loss_fn = lambda model, x: model(x).square().mean((1, 2))  # noqa: E731
     compiled = dpt.clipped_grad(model, loss_fn, clip_norm=0.01, method=method, compile=True)
     compiled(x)  # the first batch is clipped in both ways
+    assert FakeTensor in calls and torch.Tensor in calls  # into the graph, and by the eager engine
     calls.clear()
     found = compiled(x)
     assert not calls  # by the graph, whose products are called by name
