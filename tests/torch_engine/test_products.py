@@ -108,10 +108,7 @@ def test_a_step_is_the_same_by_either_library(calls, method):
 @pytest.mark.parametrize("method", ["auto", "bk-ghost"])
 def test_compiled_steps_multiply_likewise(calls, method):
     torch.manual_seed(0)
-    model, x = (
-        nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 5, bias=False)),
-        torch.randn(6, 3, 16),
-    )
+    model, x = nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 5)), torch.randn(6, 3, 16)
     loss_fn = lambda model, x: model(x).square().mean((1, 2))  # noqa: E731
     compiled = dpt.clipped_grad(model, loss_fn, clip_norm=0.01, method=method, compile=True)
     compiled(x)  # the first batch is clipped in both ways

@@ -309,6 +309,21 @@ def test_channels_last_is_as_exact(groups):
         assert torch.allclose(out.norms, norms, rtol=1e-9)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("method", ["auto", "bk-ghost", "bk-mix-opt", "per-example"])
+def test_windows_that_do_not_overlap_in_groups(method, memory_format):
+    """Such convolutions are matrix products of each example and group, in the plan's own memory."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 12, 1, groups=4), nn.Conv2d(12, 6, 2, 2, groups=2)]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(96, 5)).double().to(memory_format=memory_format)
+    data = batch()
+    data["x"] = data["x"].contiguous(memory_format=memory_format)
+    expected, norms = oracle.clipped_sum(model, loss_fn, data, 0.3)
+    out = dpt.clipped_grad(model, loss_fn, clip_norm=0.3, method=method)(data)
+    assert oracle.relative_error(out.grads, expected) < 1e-9
+    assert torch.allclose(out.norms, norms, rtol=1e-9)
+
+
 @pytest.mark.parametrize("groups", [6, 3, 1])
 def test_group_norm_keeps_channels_last(groups):
     """Float64 convolutions do not, so that it is asked by itself."""

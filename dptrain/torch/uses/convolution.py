@@ -210,11 +210,8 @@ class Convolution(Rule):
         each = out.view(batch_size, self.groups, value[0] // self.groups, value[1:].numel())
         done = 0
         for rows, cols in self._factor_chunks(image, outcome, batch_size):
-            place = each[done : done + len(rows)]
-            if self.groups == 1:
-                products.each(rows.squeeze(1), cols.squeeze(1), place.squeeze(1))
-            else:
-                torch.matmul(rows.mT, cols, out=place)
+            place = each[done : done + len(rows)]  # groups as if they were examples
+            products.each(rows.flatten(0, 1), cols.flatten(0, 1), place.view(-1, *place.shape[2:]))
             done += len(rows)
         return out
 
