@@ -22,10 +22,8 @@ from dptrain.core.processors import processor
 KINDS = (Tensor, Parameter, FakeTensor)
 #: multiplications of a product from which on oneDNN's preparations do not matter
 WORTHWHILE = 2**22
-#: elements of an example's gradient from which on it pays to transpose the example's operands for oneDNN
-WIDE = 10**5
-#: the same where positions lie side by side already, as those of images do
-NARROW = 10**4
+#: multiplications for each element that has to be transposed for oneDNN from which on that pays
+PAYS = 180
 
 
 @functools.cache
@@ -66,14 +64,20 @@ def add_product(into: Tensor | None, rows: Tensor, cols: Tensor) -> Tensor:
 def each(rows: Tensor, cols: Tensor, out: Tensor | None = None) -> Tensor:
     """``rows[b]^T cols[b]``, of ``[B, T, R]`` and ``[B, T, C]``: ``[B, R, C]``, in ``out`` if there is
     one."""
-    size = rows.shape[2] * cols.shape[2]
-    enough = NARROW if rows.stride(1) == cols.stride(1) == 1 else WIDE
+    positions, height, width = rows.shape[1], rows.shape[2], cols.shape[2]
+    turned = 0  # elements to be transposed: oneDNN takes the left operand with its positions side by side,
+    swapped = False  # which is cheaper for the smaller operand, and then the product is the wrong way round
+    if not rows.stride(1) == cols.stride(1) == 1:
+        turned, other = positions * height, (positions + height) * width
+        swapped = other < turned
+        turned = min(turned, other)
+    size = positions * height * width
     traced = type(rows) is FakeTensor  # into a graph, to which a product for each example adds too much
-    if traced or size < enough or size * rows.shape[1] < WORTHWHILE or not _suits(rows, cols):
+    if traced or size < max(WORTHWHILE, PAYS * turned) or not _suits(rows, cols):
         return torch.bmm(rows.mT, cols, out=out)
-    out = rows.new_empty(len(rows), rows.shape[2], cols.shape[2]) if out is None else out
-    for left, right, place in zip(rows, cols, out):
-        place.copy_(by_onednn(left.mT, right.mT))
+    out = rows.new_empty(len(rows), height, width) if out is None else out
+    for left, right, place in zip(rows.mT, cols.mT, out):
+        place.copy_(by_onednn(right, left).mT if swapped else by_onednn(left, right))
     return out
 
 

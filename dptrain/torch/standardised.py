@@ -38,7 +38,7 @@ class Standardisation:
 
     weight: Tensor
     scale: Tensor
-    rho: Tensor
+    eps: float
 
     @property
     def fan_in(self) -> int:
@@ -49,15 +49,18 @@ class Standardisation:
         g = gradients.flatten(2)
         chunk = _chunk(self.fan_in)
         split = g.unflatten(2, (-1, chunk))
-        whole = torch.linalg.vector_norm(split, dim=3).double().square().sum(2)  # [B, O]
-        total = split.sum(3).double().sum(2)
+        lengths = torch.linalg.vector_norm(split, dim=3)
+        lengths = torch.linalg.vector_norm(lengths, dim=2, dtype=torch.float64)  # [B, O]
+        total = split.sum(3).sum(2, dtype=torch.float64)
         weight = self.weight.unflatten(1, (-1, chunk))
         several = split.split(max(1, PRODUCT_ELEMENTS // self.weight.numel()))
-        along = torch.cat([(some * weight).sum(3) for some in several]).double().sum(2)
-        squared = self._joined(whole.mv(self.scale.double().square()), total, along)
+        along = torch.cat([(some * weight).sum(3) for some in several]).sum(2, dtype=torch.float64)
+        squares = self.scale.double().square()
+        whole = lengths.square_().mv(squares)
+        squared = whole - self._lost(total, along, squares)
         # each of the three numbers is off by gamma times what it would be if nothing cancelled
-        rounding = 8 * gamma(chunk + 8, g.dtype) * whole.mv(self.scale.double().square())
-        return squared.to(g.dtype), (rounding + self._slack(squared)).to(g.dtype)
+        rounding = whole.mul_(8 * gamma(chunk + 8, g.dtype))
+        return squared.to(g.dtype), self._with_slack(rounding, squared).to(g.dtype)
 
     def pulled_back(self, gradients: Tensor) -> Tensor:
         """Gradients at the leaf ``[B, O, n]``: slower than their norms, and without cancellation."""
@@ -86,33 +89,38 @@ class Standardisation:
         whole, bound = rule.squared_norms(a, weighted, layout, batch_size)
         sums, lengths = _patch_sums(rule, a)  # [N, T], [N]
         by_channel = g.flatten(2)  # [N, O, T]
-
-        def per_example(rows: Tensor) -> Tensor:
-            return layout.examples_first(rows, batch_size, 1).sum(1).double()
-
-        total = per_example(torch.bmm(sums.unsqueeze(1), by_channel.mT).squeeze(1))
-        along = per_example((by_channel * result.flatten(2)).sum(2))
+        total = torch.bmm(sums.unsqueeze(1), by_channel.mT).squeeze(1)  # [N, O]
+        along = (by_channel * result.flatten(2)).sum(2)
         # sum_t |g_t| |patch_t| is this at most (Cauchy and Schwarz)
-        magnitude = per_example(torch.linalg.vector_norm(by_channel, dim=2) * lengths.unsqueeze(1))
-        squared = self._joined(whole.double(), total, along)
+        magnitude = by_channel.square().sum(2).sqrt_().mul_(lengths.unsqueeze(1))
+        rows = torch.cat((total, along, magnitude), 1)
+        each = layout.examples_first(rows, batch_size, 1).sum(1).double()
+        total, along, magnitude = each.chunk(3, 1)
+        squares = self.scale.double().square()
         # The sum of a patch is sqrt(n) |patch| at most; what the convolution yields is a sum over the fan-in
-        # of terms that come to as much, and so is the inner product of w' and 1.
+        # of terms that come to as much, and so is the inner product of w' and 1. A number x that is off by
+        # s at most has a square that is off by 2 |x| s + s^2; twice that counts, for ``2 - rho``.
         n, positions = self.fan_in, by_channel.shape[2]
-        most = math.sqrt(n) * magnitude
-        slips = gamma(positions + 4, g.dtype) * most, gamma(2 * n + positions + 8, g.dtype) * most
-        extra = sum(4 * x.abs() * slip + 2 * slip.square() for x, slip in zip((total, along), slips)) / n
-        extra = extra.mv(self.scale.double().square())
-        rounding = 8 * gamma(1, g.dtype) * whole.double().abs()
-        return squared.to(g.dtype), (bound.double() + extra + rounding + self._slack(squared)).to(g.dtype)
+        slips = (
+            math.sqrt(n) * gamma(positions + 4, g.dtype),
+            math.sqrt(n) * gamma(2 * n + positions + 8, g.dtype),
+        )
+        slip = torch.cat([magnitude * much for much in slips], 1)
+        extra = each[:, : 2 * self.scale.numel()].abs().mul_(4).add_(slip, alpha=2).mul_(slip)
+        extra = extra.mv(squares.repeat(2)).div_(n)
+        squared = whole.double() - self._lost(total, along, squares)
+        rounding = whole.double().abs().mul_(8 * gamma(1, g.dtype)).add_(bound).add_(extra)
+        return squared.to(g.dtype), self._with_slack(rounding, squared).to(g.dtype)
 
-    def _joined(self, whole: Tensor, total: Tensor, along: Tensor) -> Tensor:
-        """From ``sum_o |g|^2 / (v + eps)`` ``[B]``, ``1^T g`` and ``w'^T g`` ``[B, O]``, in float64."""
-        lost = (total.square() + (2 - self.rho.double()) * along.square()) / self.fan_in
-        return whole - lost.mv(self.scale.double().square())
+    def _lost(self, total: Tensor, along: Tensor, squares: Tensor) -> Tensor:
+        """What the mean and the variance take away ``[B]``: from ``1^T g`` and ``w'^T g`` ``[B, O]`` and the
+        squares of the scale, in float64; ``2 - rho`` is ``1 + eps / (v + eps)``."""
+        numbers = total.square().add_(along.square().mul_(squares * self.eps + 1))
+        return numbers.mv(squares).div_(self.fan_in)
 
-    def _slack(self, squared: Tensor) -> Tensor:
-        """What the rounding of the mean and the variance behind ``scale`` can change."""
-        return 4 * gamma(self.fan_in + 8, self.scale.dtype) * squared.abs()
+    def _with_slack(self, rounding: Tensor, squared: Tensor) -> Tensor:
+        """Also what the rounding of the mean and the variance behind ``scale`` can change."""
+        return rounding.add_(squared.abs(), alpha=4 * gamma(self.fan_in + 8, self.scale.dtype))
 
 
 def _chunk(features: int) -> int:
@@ -156,9 +164,7 @@ def of(value: Tensor, leaf: Tensor) -> Standardisation | None:
     below = _past_reshapes(node.next_functions[0][0])
     if getattr(below, "variable", None) is not leaf:
         return None
-    scale = node._saved_result2.detach()
-    rho = 1 - node._saved_eps * scale.square()
-    return Standardisation(value.detach().flatten(1), scale, rho)
+    return Standardisation(value.detach().flatten(1), node._saved_result2.detach(), node._saved_eps)
 
 
 def _past_reshapes(node):

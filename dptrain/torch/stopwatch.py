@@ -124,7 +124,7 @@ class Stopwatch:
 
     def _standardised(self, fact: UseFacts) -> Standardisation:
         rows = self._random(fact.value, Layout(inner=fact.value[0]), 1).flatten(1)
-        return Standardisation(rows, torch.ones_like(rows[:, 0]), torch.ones_like(rows[:, 0]))
+        return Standardisation(rows, torch.ones_like(rows[:, 0]), 0.0)
 
     def _time(self, works: list[Callable[[], Any]]) -> float:
         """Least seconds of one of the works, done in turn."""

@@ -22,7 +22,7 @@ def calls(monkeypatch):
     made = []
     original = products.by_onednn
     monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
-    for name in ("WORTHWHILE", "WIDE", "NARROW"):
+    for name in ("WORTHWHILE", "PAYS"):
         monkeypatch.setattr(products, name, 0)
     monkeypatch.setattr(products, "by_onednn", lambda *each: made.append(type(each[0])) or original(*each))
     return made

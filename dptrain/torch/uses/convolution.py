@@ -18,6 +18,14 @@ from .base import Factors, Rule, Size, add_to, widen
 
 #: a CPU takes gradients of so few positions faster from patches, as one product
 FEW_POSITIONS = 64
+#: positions of all examples up to which the same holds of their sum
+FEW_ROWS = 512
+#: width of patches from which on copying them is cheap, as that many elements lie side by side
+LONG_RUN = 8
+#: channels that a CPU's convolution does at a time
+LANES = 16
+#: of an image, for which there is no fast convolution with strides in groups
+FEW_CHANNELS = 8
 #: widths up to which a depthwise gradient is taken from products of rows
 BAND = 16
 #: unfolded patches and Gram matrices are formed for as many examples at a time as fit into this many bytes
@@ -179,26 +187,23 @@ class Convolution(Rule):
         each = gram.products(pixels, pixels).unflatten(3, image.shape[2:]).unflatten(2, image.shape[2:])
         if any(self.padding):
             each = F.pad(each, [p for size in reversed(self.padding * 2) for p in (size, size)])
-        total: Tensor | None = None
-        for offset in (
-            torch.cartesian_prod(*(torch.arange(k) for k in self.kernel)).reshape(-1, dims).tolist()
-        ):
-            geometry = zip(offset, self.dilation, self.stride, positions)
-            at = [slice(o * d, o * d + s * (n - 1) + 1, s) for o, d, s, n in geometry]
-            shifted = each[(slice(None), slice(None), *at, *at)]
-            total = shifted.clone() if total is None else total.add_(shifted)
-        assert total is not None
-        return total.flatten(2 + dims).flatten(2, 1 + dims)
+        for axis, geometry in enumerate(zip(self.kernel, self.dilation, self.stride, positions)):
+            each = _summed(each, 2 + axis, 2 + dims + axis, *geometry)  # offsets are added axis by axis
+        return each.flatten(2 + dims).flatten(2, 1 + dims)
 
     # ------------------------------------------------------------------ gradients
 
     def example_gradients(self, value, a, g, layout, batch_size, out=None):
         image, outcome = self._operands(a, g, layout, batch_size)
-        few = self._disjoint or outcome.shape[2:].numel() < FEW_POSITIONS
+        few = outcome.shape[2:].numel() < FEW_POSITIONS or (self._disjoint and self.kernel[-1] >= LONG_RUN)
         if image.device.type != "cpu" or self._pointwise or (self.groups == 1 and few):
             return self._by_products(value, image, outcome, batch_size, out)
-        if self.groups > 1 and not self.transposed and image.shape[0] == batch_size:
-            return self._by_groups(value, image, outcome, out)
+        if not self.transposed and image.shape[0] == batch_size:
+            depthwise = self.groups == image.shape[1] == value[0] and len(self.kernel) == 2
+            if depthwise and max(self.kernel) > 3:  # a CPU has a good kernel for small windows only
+                return self._depthwise(value, image, outcome, out)
+            if self._fit_as_groups(image, outcome):
+                return self._as_groups(value, image, outcome)
         return self._one_by_one(value, image, outcome, batch_size, out)
 
     def _by_products(
@@ -224,21 +229,27 @@ class Convolution(Rule):
             out[b] = self._weight_gradient(value, one_image, one_out)
         return out
 
-    def _by_groups(self, value, image: Tensor, outcome: Tensor, out: Tensor | None) -> Tensor:
+    def _fit_as_groups(self, image: Tensor, outcome: Tensor) -> bool:
+        """Whether a CPU is faster with the groups of all examples at once."""
+        channels, outer = (t.shape[1] // self.groups for t in (image, outcome))
+        if image.is_contiguous() and outcome.is_contiguous():
+            return self.groups > 1 or channels >= FEW_CHANNELS or all(s == 1 for s in self.stride)
+        return channels % LANES == outer % LANES == 0  # else it does not pay to lay them anew
+
+    def _as_groups(self, value: torch.Size, image: Tensor, outcome: Tensor) -> Tensor:
         """Channels of different examples need not meet, as those of different groups do not."""
-        batch_size, channels = image.shape[:2]
-        depthwise = self.groups == channels == value[0] and len(self.kernel) == 2
-        if depthwise and max(self.kernel) > 3:  # a CPU has a good kernel for small windows only
-            plain = self.stride == self.dilation == (1, 1)
-            if plain and outcome.shape[3] <= BAND:
-                return self._by_bands(value, image, outcome)
-            image, outcome = (t.contiguous(memory_format=torch.channels_last) for t in (image, outcome))
-        if not (image.is_contiguous() and outcome.is_contiguous()):
-            return self._one_by_one(value, image, outcome, batch_size, out)
+        batch_size = len(image)
         together = dataclasses.replace(self, groups=batch_size * self.groups)
-        image, outcome = (t.flatten(0, 1).unsqueeze(0) for t in (image, outcome))
+        image, outcome = (t.contiguous().flatten(0, 1).unsqueeze(0) for t in (image, outcome))
         gradients = together._weight_gradient(torch.Size((batch_size * value[0], *value[1:])), image, outcome)
         return gradients.view(batch_size, *value)
+
+    def _depthwise(self, value: torch.Size, image: Tensor, outcome: Tensor, out: Tensor | None) -> Tensor:
+        """With large windows: by products of rows where they are short."""
+        if self.stride == self.dilation == (1, 1) and outcome.shape[3] <= BAND:
+            return self._by_bands(value, image, outcome)
+        image, outcome = (t.contiguous(memory_format=torch.channels_last) for t in (image, outcome))
+        return self._one_by_one(value, image, outcome, len(image), out)
 
     def _by_bands(self, value: torch.Size, image: Tensor, outcome: Tensor) -> Tensor:
         """Depthwise, from products of whole rows: ``sum_h g[h, w] x[h + i, v]`` is a matrix for each row i of
@@ -258,25 +269,16 @@ class Convolution(Rule):
         return found.transpose(0, 1).reshape(len(image), *value)
 
     def contract(self, value, a, g, weights, layout, batch_size, into=None):
-        if self._pointwise and a.device.type == "cpu" and self.groups == 1 and weights is not None:
-            return self._contract_pointwise(value, a, g, weights, layout, batch_size, into)
-        if weights is not None:
-            g = g * layout.per_row(weights, g.dim())
+        if weights is not None:  # of the operand that is smaller
+            factors = layout.per_row(weights, g.dim())
+            a, g = (a * factors, g) if a.numel() < g.numel() else (a, g * factors)
         image, out = self._operands(a, g, Layout(), batch_size)  # the order of the rows is no matter here
+        few = out.device.type == "cpu" and self.groups == 1 and len(out) * out.shape[2:].numel() <= FEW_ROWS
+        if few and not (self._pointwise and image.is_contiguous()):
+            rows, cols = (t.flatten(0, 2) for t in self._factors(image, out, len(image)))
+            total = products.add_product(None if into is None else into.view(value[0], -1), rows, cols)
+            return total.view(value)
         return add_to(into, self._weight_gradient(value, image, out))
-
-    def _contract_pointwise(self, value, a, g, weights, layout, batch_size, into):
-        """One matrix product per image, the narrower operand weighted while it is in the cache."""
-        image, out = (widen(t) for t in ((g, a) if self.transposed else (a, g)))
-        rows, cols = out.flatten(2), self._picked(image, out).squeeze(1)  # [N, O, T], [N, I, T]
-        total = image.new_zeros(value) if into is None else into
-        flat = total.view(value[0], -1)
-        for weight, left, right in zip(layout.per_row(weights, 1), rows, cols):
-            if left.shape[0] < right.shape[0]:
-                flat.addmm_(left * weight, right.mT)
-            else:
-                flat.addmm_(left, (right * weight).mT)
-        return total
 
     def _weight_gradient(self, value: torch.Size, image: Tensor, out: Tensor) -> Tensor:
         """Summed over all rows, ``[*value]``."""
@@ -301,3 +303,15 @@ class Convolution(Rule):
             self.groups,
             [False, True, False],
         )[1]
+
+
+def _summed(each: Tensor, axis: int, mirror: int, size: int, dilation: int, stride: int, n: int) -> Tensor:
+    """The sum of windows of n along two axes, which move together by as many steps as a kernel has elements."""
+    total: Tensor | None = None
+    for start in range(0, size * dilation, dilation):
+        at = [slice(None)] * each.dim()
+        at[axis] = at[mirror] = slice(start, start + stride * (n - 1) + 1, stride)
+        window = each[tuple(at)]
+        total = window.clone() if total is None else total.add_(window)
+    assert total is not None
+    return total
