@@ -44,6 +44,7 @@ def test_products_are_those_of_float64(calls, left, right):
     torch.manual_seed(0)
     x, w, bias = laid((5, 7, 12), left), laid((9, 12), right), torch.randn(9)
     g, a, b = laid((5, 7, 9), left), laid((5, 7, 12), left), laid((5, 7, 9), right)
+    long, narrow = laid((5, 70, 12), left), laid((5, 70, 3), right)  # of which the narrower one is transposed
     out, total = torch.full((5, 12, 9), torch.nan), torch.ones(12, 9)
     found = [
         (products.linear(x, w, bias), x.double() @ w.double().T + bias),
@@ -51,14 +52,15 @@ def test_products_are_those_of_float64(calls, left, right):
         (products.product(g, w), g.double() @ w.double()),
         (products.each(a, b, out), a.double().mT @ b.double()),
         (products.each(a, b), a.double().mT @ b.double()),
+        (products.each(long, narrow), long.double().mT @ narrow.double()),
         (products.add_product(None, a[0], b[0]), a[0].double().T @ b[0].double()),
         (products.add_product(total, a[0], b[0]), 1 + a[0].double().T @ b[0].double()),
     ]
-    assert len(calls) == 3 + 5 + 5 + 2
+    assert len(calls) == 3 + 5 + 5 + 5 + 2
     for got, want in found:
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(out.double(), found[3][1], rtol=1e-5, atol=1e-5)  # in place
-    assert found[6][0] is total
+    assert found[-1][0] is total
 
 
 @pytest.mark.parametrize("case", ["float64", "bfloat16", "mixed", "switched off", "one axis", "a subclass"])

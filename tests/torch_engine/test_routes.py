@@ -13,10 +13,10 @@ from dptrain.torch.fastest import Offer, choose
 from dptrain.torch.layout import Layout
 from dptrain.torch.routes import Route
 from dptrain.torch.stopwatch import Stopwatch
-from dptrain.torch.uses import gram
+from dptrain.torch.uses import convolution, gram
 from dptrain.torch.uses.convolution import Convolution
 
-from . import oracle
+from . import cases, oracle
 
 
 class StandardisedConv(nn.Conv2d):
@@ -230,6 +230,11 @@ def test_standardised_norms_carry_their_error():
         assert ((squared.double() - true).abs() <= bound.double()).all()
     plain = standard.pulled_back(gradients).double().square().sum((1, 2))
     assert torch.allclose(plain, true, rtol=1e-4)
+    level = gradients + 1000 * gradients.std()  # nearly all of it has no part in the norm
+    squared, bound = standard.norms(level)
+    wide = standard.pulled_back(level.double()).square().sum((1, 2))
+    assert ((squared.double() - wide).abs() <= bound.double()).all()
+    assert ((squared.double() - wide).abs() > 0.1 * wide).any()
 
 
 def large_use():
@@ -322,6 +327,30 @@ def test_windows_that_do_not_overlap_in_groups(method, memory_format):
     out = dpt.clipped_grad(model, loss_fn, clip_norm=0.3, method=method)(data)
     assert oracle.relative_error(out.grads, expected) < 1e-9
     assert torch.allclose(out.norms, norms, rtol=1e-9)
+
+
+WAYS = {
+    "examples as groups": {"FEW_POSITIONS": 0, "FEW_ROWS": 0, "LANES": 1, "FEW_CHANNELS": 0},
+    "one by one": {"FEW_POSITIONS": 0, "FEW_ROWS": 0, "LANES": 10**6, "FEW_CHANNELS": 10**6},
+    "products of patches": {"FEW_POSITIONS": 10**6, "FEW_ROWS": 10**6},
+}
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_gradients_of_convolutions(monkeypatch, way, memory_format):
+    """Which one is taken depends on the numbers of positions and channels, and on the memory format."""
+    for name, value in WAYS[way].items():
+        monkeypatch.setattr(convolution, name, value)
+    case = next(case for case in cases.CASES if case.name == "convolutions")
+    model, data = cases.build(case)
+    model = model.to(memory_format=memory_format)
+    data["x"] = data["x"].contiguous(memory_format=memory_format)
+    expected, norms = oracle.clipped_sum(model, case.loss, data, 0.3)
+    for routes in ("materialise+reuse", "materialise+contract", "gram+contract"):
+        out = dpt.clipped_grad(model, case.loss, clip_norm=0.3, routes={"*.weight": routes})(data)
+        assert oracle.relative_error(out.grads, expected) < 1e-9
+        assert torch.allclose(out.norms, norms, rtol=1e-9)
 
 
 @pytest.mark.parametrize("groups", [6, 3, 1])

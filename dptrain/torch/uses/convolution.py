@@ -306,7 +306,7 @@ class Convolution(Rule):
 
 
 def _summed(each: Tensor, axis: int, mirror: int, size: int, dilation: int, stride: int, n: int) -> Tensor:
-    """The sum of windows of n along two axes, which move together by as many steps as a kernel has elements."""
+    """The sum of windows of n along two axes, which move together along the kernel."""
     total: Tensor | None = None
     for start in range(0, size * dilation, dilation):
         at = [slice(None)] * each.dim()
