@@ -219,6 +219,8 @@ def case_title(case: Record) -> str:
     parts = [case["model"].replace("_", "-"), f"batch {case['batch_size']}"]
     parts += [case["precision"]] * (case["precision"] != "fp32") + ["compiled"] * case["compile"]
     parts += [case["method"]] * (case["method"] != "auto")
+    if case["budget_mib"] is not None:
+        parts.append(f"{case['budget_mib']:g} MiB to hold")
     return ", ".join(parts)
 
 
@@ -234,20 +236,32 @@ def baseline_of(record: Record, like: str = "") -> tuple[str, Record] | None:
 
 
 def memory(found: dict[str, Record], device: str = "cpu") -> Rows:
-    """Peaks, each in a fresh process."""
+    """Peaks of private training, each in a fresh process, and the speed of the same case."""
+    speeds = measured(found, "throughput")
     rows = []
-    for file, record in of_kind(found, "memory", device).items():
-        case = record["case"]
-        for name, r in record["contestants"].items():
-            if r["status"] != "ok":
-                continue
-            budget = case.get("memory_budget")
-            what = name + (f", {budget / 2**20:g} MiB to hold" if budget and name == "auto" else "")
-            rows.append(
-                f"| {case['name']}, batch {case['batch_size']} | {what} | {r['peak_bytes'] / GIB:.2f} GiB | "
-                f"{r['ratio_to_non_private']:.2f} | `results/{file}` |"
-            )
-    return table("model | training | peak | against non-private | record", rows)
+    for name, record in measured(found, "memory").items():
+        case, r = record["case"], record["results"]
+        if not case["device"].startswith(device) or r["ratio_to_non_private"] is None:
+            continue
+        same = lambda c: {**c, "measure": None, "seconds": None}  # noqa: E731
+        files = [n for n, other in speeds.items() if same(other["case"]) == same(case)]
+        speed = "–"
+        if files:
+            results = speeds[files[0]]["results"]
+            (mine,) = (c for c in results["contestants"].values() if c["role"] == "case")
+            base = baseline_of(speeds[files[0]])
+            speed = f"**{base[1]['logical_step_s'] / mine['logical_step_s']:.2f}**" if base else "–"
+        cells = [
+            case_title(case),
+            f"{r['peak_bytes'] / GIB:.2f} GiB",
+            f"{r['baseline_peak_bytes'] / GIB:.2f} GiB",
+            f"**{r['ratio_to_non_private']:.2f}**",
+            speed,
+            ", ".join(f"`results/{file}`" for file in (name, *files[:1])),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    head = "model | private peak | non-private peak | against it | speed against PyTorch's best | records"
+    return table(head, rows)
 
 
 def largest(found: dict[str, Record]) -> Rows:
