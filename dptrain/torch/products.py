@@ -65,12 +65,11 @@ def each(rows: Tensor, cols: Tensor, out: Tensor | None = None) -> Tensor:
     """``rows[b]^T cols[b]``, of ``[B, T, R]`` and ``[B, T, C]``: ``[B, R, C]``, in ``out`` if there is
     one."""
     positions, height, width = rows.shape[1], rows.shape[2], cols.shape[2]
-    turned = 0  # elements to be transposed: oneDNN takes the left operand with its positions side by side,
-    swapped = False  # which is cheaper for the smaller operand, and then the product is the wrong way round
-    if not rows.stride(1) == cols.stride(1) == 1:
-        turned, other = positions * height, (positions + height) * width
-        swapped = other < turned
-        turned = min(turned, other)
+    # Elements to be transposed: oneDNN takes the left operand with its positions side by side. Swapped, it is
+    # the right one, which may be smaller, and the product comes the wrong way round.
+    turned = 0 if rows.stride(1) == 1 else positions * height
+    otherwise = ((0 if cols.stride(1) == 1 else positions) + height) * width
+    swapped, turned = otherwise < turned, min(turned, otherwise)
     size = positions * height * width
     traced = type(rows) is FakeTensor  # into a graph, to which a product for each example adds too much
     if traced or size < max(WORTHWHILE, PAYS * turned) or not _suits(rows, cols):

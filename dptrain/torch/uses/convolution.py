@@ -24,7 +24,7 @@ FEW_ROWS = 512
 LONG_RUN = 8
 #: channels that a CPU's convolution does at a time
 LANES = 16
-#: of an image, for which there is no fast convolution with strides in groups
+#: of an image: with fewer, a convolution with strides has no fast form with examples as groups
 FEW_CHANNELS = 8
 #: widths up to which a depthwise gradient is taken from products of rows
 BAND = 16
