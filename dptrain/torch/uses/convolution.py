@@ -274,7 +274,7 @@ class Convolution(Rule):
             a, g = (a * factors, g) if a.numel() < g.numel() else (a, g * factors)
         image, out = self._operands(a, g, Layout(), batch_size)  # the order of the rows is no matter here
         few = out.device.type == "cpu" and self.groups == 1 and len(out) * out.shape[2:].numel() <= FEW_ROWS
-        if few and not (self._pointwise and image.is_contiguous()):
+        if few and not (self._pointwise and image.is_contiguous()):  # whose rows would have to be transposed
             rows, cols = (t.flatten(0, 2) for t in self._factors(image, out, len(image)))
             total = products.add_product(None if into is None else into.view(value[0], -1), rows, cols)
             return total.view(value)
