@@ -21,6 +21,7 @@ from .tables import (
     of_kind,
     ours,
     plain,
+    private_of,
     throughput,
     title,
 )
@@ -99,8 +100,7 @@ def draw_benched(found: dict[str, dict[str, Any]], path: Path) -> None:
         return
     figure, axis = plt.subplots(figsize=(8, 0.9 + 0.55 * len(records)))
     for place, record in enumerate(records):
-        (mine,) = (c for c in record["results"]["contestants"].values() if c["role"] == "case")
-        own, same = baseline_of(record), baseline_of(record, SAME_PRODUCTS)
+        mine, own, same = private_of(record), baseline_of(record), baseline_of(record, SAME_PRODUCTS)
         shown = [(mine, DARK)] + ([] if same is None else [(same[1], PALE)])
         height = HEIGHT / len(shown)
         for i, (contestant, colour) in enumerate(shown):

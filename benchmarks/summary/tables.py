@@ -180,15 +180,14 @@ def benched(found: dict[str, Record]) -> Rows:
     for name, record in throughput(found).items():
         r, accumulate = record["results"], record["case"]["accumulate"]
         step = lambda result: f"{1e3 * result['logical_step_s'] / accumulate:,.0f} ms"  # noqa: E731, B023
-        (mine,) = (c for c in r["contestants"].values() if c["role"] == "case")
-        own, same = baseline_of(record), baseline_of(record, SAME_PRODUCTS)
+        mine, own, same = private_of(record), baseline_of(record), baseline_of(record, SAME_PRODUCTS)
         low, high = r["interval95_of_ratio"]
         error = r["exactness"].get("error_of_sum")
         cells = [
             case_title(record["case"]),
             step(mine),
             f"{step(own[1])}, {own[0]}",
-            f"**{own[1]['logical_step_s'] / mine['logical_step_s']:.2f}**",
+            f"**{speed_beside_pytorch(record):.2f}**",
             "–" if same is None else step(same[1]),
             "–" if same is None else f"{r['ratio_to_non_private']:.2f} ({low:.2f} to {high:.2f})",
             f"{r['exactness']['verdict']}{'' if error is None else f', {error:.0e}'}",
@@ -235,6 +234,17 @@ def baseline_of(record: Record, like: str = "") -> tuple[str, Record] | None:
     return None if name is None else (name, fit[name])
 
 
+def private_of(record: Record) -> Record:
+    """The private contestant of a record of throughput."""
+    (found,) = (c for c in record["results"]["contestants"].values() if c["role"] == "case")
+    return found
+
+
+def speed_beside_pytorch(record: Record) -> float:
+    """Examples per second, of PyTorch's fastest ordinary training as one."""
+    return baseline_of(record)[1]["logical_step_s"] / private_of(record)["logical_step_s"]
+
+
 def memory(found: dict[str, Record], device: str = "cpu") -> Rows:
     """Peaks of private training, each in a fresh process, and the speed of the same case."""
     speeds = measured(found, "throughput")
@@ -245,18 +255,12 @@ def memory(found: dict[str, Record], device: str = "cpu") -> Rows:
             continue
         same = lambda c: {**c, "measure": None, "seconds": None}  # noqa: E731
         files = [n for n, other in speeds.items() if same(other["case"]) == same(case)]
-        speed = "–"
-        if files:
-            results = speeds[files[0]]["results"]
-            (mine,) = (c for c in results["contestants"].values() if c["role"] == "case")
-            base = baseline_of(speeds[files[0]])
-            speed = f"**{base[1]['logical_step_s'] / mine['logical_step_s']:.2f}**" if base else "–"
         cells = [
             case_title(case),
             f"{r['peak_bytes'] / GIB:.2f} GiB",
             f"{r['baseline_peak_bytes'] / GIB:.2f} GiB",
             f"**{r['ratio_to_non_private']:.2f}**",
-            speed,
+            f"**{speed_beside_pytorch(speeds[files[0]]):.2f}**" if files else "–",
             ", ".join(f"`results/{file}`" for file in (name, *files[:1])),
         ]
         rows.append(f"| {' | '.join(cells)} |")
