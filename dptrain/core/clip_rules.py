@@ -232,8 +232,9 @@ class Quantile(_Whole):
 
 ClipRule = Flat | Automatic | PerLayer | GroupWise | Quantile
 
-LEAST_CLIP_NORM = 1e-12
-"""Engines take no threshold below: squares of float32 would vanish."""
+LEAST_CLIP_NORM = 1e-9
+"""Engines take no threshold below: in float32 squares of its size, and operands weighted by factors of its
+size, come near to what vanishes (``core/clipping_error.py``)."""
 
 
 def rule_of(clip_norm: float | ClipRule) -> ClipRule:
@@ -245,7 +246,9 @@ def rule_of(clip_norm: float | ClipRule) -> ClipRule:
     """
     rule = clip_norm if isinstance(clip_norm, ClipRule) else Flat(checks.number("clip_norm", clip_norm))
     if not all(LEAST_CLIP_NORM <= c < math.inf for c in rule.thresholds):
-        raise ValueError(f"clip_norm must be at least 1e-12 and finite, and is {min(rule.thresholds)}.")
+        raise ValueError(
+            f"clip_norm must be at least {LEAST_CLIP_NORM:g} and finite, and is {min(rule.thresholds)}."
+        )
     return rule
 
 

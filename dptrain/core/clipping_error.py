@@ -22,6 +22,12 @@ of n terms of one sign is off by gamma_(n - 1) of itself at most, in whatever or
    argument of what is compiled, C, S and their product are rounded each. An engine that rounds c g element
    by element adds u, which is in the 16 u.
 
+3. Where c g is contracted from two operands, c multiplies one of them, and what falls below t there is off by
+   2^-150 an element in float32, or by t where the processor takes it for zero: c g is off by that times the
+   sum of the other operand's magnitudes. This is below u C, which is in the 16 u too, as long as these add up
+   to less than 8e37 C, or 5e30 C. It is an assumption, for nothing looks for larger ones; and it is why
+   engines take no C below 1e-9.
+
 So c |g| <= S C (1 + 16 u) sqrt((1 + d t / (S C)^2) / (1 - D)), and
 
     S = (1 - 16 u) sqrt(1 - D - 2 d t / C^2)

@@ -74,7 +74,7 @@ def clipped_grad(
 
     Raises:
         TypeError: no function, or no number or mesh where one is needed.
-        ValueError: a clip norm below 1e-12 or not finite, an unknown method, arguments that are both
+        ValueError: a clip norm below 1e-9 or not finite, an unknown method, arguments that are both
             parameters and data, or ``shard_params`` without a mesh.
     """
     if not callable(loss_fn):

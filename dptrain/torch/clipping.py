@@ -82,7 +82,7 @@ def clipped_grad(
 
     Raises:
         TypeError: no module, no function, or no number where one is needed.
-        ValueError: a clip norm below 1e-12 or not finite, a rule that does not suit the parameters, an
+        ValueError: a clip norm below 1e-9 or not finite, a rule that does not suit the parameters, an
             unknown method, options of ``auto`` that it or another method cannot follow, or a method or rule
             that cannot sum on a grid.
     """

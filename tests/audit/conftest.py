@@ -1,4 +1,4 @@
-"""Audits draw samples and noise afresh; here each test draws the same at every run, so that none fails by chance."""
+"""Audits draw samples and noise afresh; here a test draws the same at every run: none fails by chance."""
 
 from __future__ import annotations
 
