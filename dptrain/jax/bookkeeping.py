@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -51,6 +51,26 @@ def parts(capture: Capture, groups: Sequence[Group]) -> list[Part]:
     return out
 
 
+@dataclass(frozen=True, eq=False)
+class Term:
+    """A part's squared norms ``[B]``, rounded up; where that is too far, they are formed.
+
+    Attributes:
+        doubtful: whether the bound on the error of one of them is too large to be accepted.
+        formed: them, without a bound, from the gradients.
+    """
+
+    squared: Array
+    doubtful: Array | None = None
+    formed: Callable[[], Array] | None = None
+
+    def settled(self) -> Array:
+        """What counts, doubtful or not."""
+        if self.doubtful is None or self.formed is None:
+            return self.squared
+        return lax.cond(self.doubtful, self.formed, lambda: self.squared)
+
+
 class Bookkeeping:
     """One physical batch: what was captured, and the norms and sums of its parts."""
 
@@ -71,15 +91,27 @@ class Bookkeeping:
     def squared_norms(self, count: int) -> list[Array]:
         """Of each example's gradient, ``[B]``, rounded up where rounding matters: over the parameters of each
         of the clip rule's ``count`` parts."""
-        found: list[list[Array]] = [[] for _ in range(count)]
+        found: list[list[Term]] = [[] for _ in range(count)]
         for number, part in enumerate(self.parts):
             if self._crosses(part):
                 for leaf, gradient in zip(part.group.leaves, self._leaf_gradients(number, part)):
-                    found[self.part_of[leaf]].append(sum_of_squares([gradient], 1))
+                    found[self.part_of[leaf]].append(Term(sum_of_squares([gradient], 1)))
             else:
                 found[self.part_of[part.group.leaves[0]]].append(self._squared(number, part))
-        some = next(squared for mine in found for squared in mine)
-        return [total(mine) if mine else jnp.zeros_like(some) for mine in found]
+        doubts = [term.doubtful for mine in found for term in mine if term.doubtful is not None]
+
+        def joined(of: Callable[[Term], Array]) -> list[Array]:
+            squared = [[of(term) for term in mine] for mine in found]
+            nothing = jnp.zeros_like(next(each for mine in squared for each in mine))
+            return [total(mine) if mine else nothing for mine in squared]
+
+        def as_found() -> list[Array]:
+            return joined(lambda term: term.squared)
+
+        if not doubts:
+            return as_found()
+        # One question for all: each branch has operands in an order of their own, and copies of them.
+        return lax.cond(jnp.any(jnp.stack(doubts)), lambda: joined(Term.settled), as_found)
 
     def _crosses(self, part: Part) -> bool:
         """Whether the leaves belong to several parts of the clip rule: their values have no one factor."""
@@ -91,25 +123,25 @@ class Bookkeeping:
             self.kept[number] = self._at_the_leaves(part, self.pulls[number], self._example_gradients(part))
         return self.kept[number]
 
-    def _squared(self, number: int, part: Part) -> Array:
+    def _squared(self, number: int, part: Part) -> Term:
         if part.route is Route.GRAM and part.single is not None:
             return self._by_gram(part.single)
         gradients = self._example_gradients(part)
         if part.route is Route.KEEP:
             self.kept[number] = gradients
-        return sum_of_squares(self._at_the_leaves(part, self.pulls[number], gradients), 1)
+        return Term(sum_of_squares(self._at_the_leaves(part, self.pulls[number], gradients), 1))
 
     def _at_the_leaves(self, part: Part, pull: Pull, gradients: list[Array]) -> list[Array]:
         return gradients if part.group.alone else jax.vmap(lambda *g: pull(g))(*gradients)
 
-    def _by_gram(self, use: Use) -> Array:
+    def _by_gram(self, use: Use) -> Term:
         a, g = self._operands(use)  # [B, slices, turns, ...]
         if isinstance(use.rule, Table):
 
             def flat(a: Array, g: Array) -> Array:
                 return use.rule.squared_norm(a.reshape(-1, 1), g.reshape(-1, *use.rule.value.shape[1:]))
 
-            return jnp.sum(jax.vmap(jax.vmap(flat))(a, g), 1)
+            return Term(jnp.sum(jax.vmap(jax.vmap(flat))(a, g), 1))
         rows, cols = jax.vmap(jax.vmap(jax.vmap(use.rule.factors)))(a, g)  # [B, slices, turns, E, T, F]
         rows, cols = (
             x.swapaxes(2, 3).reshape(len(x), x.shape[1] * x.shape[3], x.shape[2] * x.shape[4], x.shape[5])
@@ -121,8 +153,7 @@ class Bookkeeping:
             one = lambda a, g: sum_of_squares([self._slices(use, a, g)])  # noqa: E731
             return lax.map(lambda ag: one(*ag), (a, g))
 
-        doubtful = jnp.any(gram.doubtful(squared, bound))
-        return lax.cond(doubtful, formed, lambda: squared + bound)
+        return Term(squared + bound, jnp.any(gram.doubtful(squared, bound)), formed)
 
     def _operands(self, use: Use) -> tuple[Array, Array]:
         """``[B, slices, turns, ...]`` each."""
@@ -177,10 +208,22 @@ class Bookkeeping:
         }
         for use in part.uses:
             a, g = self._operands(use)
-            g = g.astype(accumulated(g.dtype))
-            g = g * factors.astype(g.dtype).reshape(-1, *[1] * (g.ndim - 1))
+            a, g = _weighted(factors, a, g)
             # [B, slices, turns, ...] -> [slices, B * turns, ...]
             a, g = (x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:]) for x in (a, g))
             gradient = jax.vmap(use.rule.gradient)(a, g).reshape(use.value.aval.shape)
             sums[use.value] = sums[use.value] + gradient if use.value in sums else gradient
         return [sums[v] for v in part.group.values]
+
+
+def _weighted(factors: Array, a: Array, g: Array) -> tuple[Array, Array]:
+    """Operands and output gradients ``[B, ...]`` as they are contracted: the smaller of the two times the
+    clip factors ``[B]``, in the type in which gradients are summed."""
+    g = g.astype(accumulated(g.dtype))
+
+    def times(x: Array) -> Array:
+        return x * factors.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+    if jnp.issubdtype(a.dtype, jnp.floating) and a.size < g.size:
+        return times(a.astype(jnp.promote_types(a.dtype, g.dtype))), g
+    return a, times(g)

@@ -42,12 +42,13 @@ def squared_norms(rows: Array, cols: Array) -> tuple[Array, Array]:
     dtype = jnp.promote_types(accumulated(rows.dtype), accumulated(cols.dtype))
     rows, cols = rows.astype(dtype), cols.astype(dtype)
     groups, positions = rows.shape[1:3]
-    r2, c2 = (jnp.sum(jnp.square(x), 3) for x in (rows, cols))  # [B, E, T]
     if positions == 1:
+        r2, c2 = (jnp.sum(jnp.square(x), 3) for x in (rows, cols))  # [B, E, T]
         squared = jnp.sum(r2 * c2, (1, 2))
         bound = SLACK * _gamma(rows.shape[3] + cols.shape[3] + groups, dtype) * squared
-        return squared, bound + _underflow(rows, cols, r2, c2)
+        return squared, bound + SLACK * _underflow(rows, cols, r2, c2)
     rr, cc = products(rows), products(cols)
+    r2, c2 = (jnp.diagonal(x, axis1=2, axis2=3) for x in (rr, cc))  # [B, E, T]
     squared, rr2, cc2 = _total(rr * cc), _total(rr * rr), _total(cc * cc)
     vanished = groups * positions**2 * jnp.finfo(dtype).tiny  # squares of entries
     whole_r, whole_c = jnp.sum(r2, (1, 2)), jnp.sum(c2, (1, 2))
@@ -56,7 +57,7 @@ def squared_norms(rows: Array, cols: Array) -> tuple[Array, Array]:
     bound = _chunked_gamma(rows.shape[3], dtype) * whole_r * cc
     bound += _chunked_gamma(cols.shape[3], dtype) * whole_c * rr
     bound += _gamma(2 * positions + groups + 8, dtype) * rr * cc
-    return squared, SLACK * bound + _underflow(rows, cols, r2, c2)
+    return squared, SLACK * (bound + _underflow(rows, cols, r2, c2))
 
 
 def doubtful(squared: Array, bound: Array) -> Array:

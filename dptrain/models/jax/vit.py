@@ -75,7 +75,8 @@ class ViT:
     def _block(self, p: Parameters, x: Array) -> Array:
         h = layer_norm(x, p["norm1.weight"], p["norm1.bias"])
         h = linear(h, p["attn.qkv.weight"], p["attn.qkv.bias"])
-        q, k, v = h.reshape(len(x), 3, self.heads, -1).transpose(1, 2, 0, 3)
+        # Cut, and not indexed: the gradients are put side by side, and not padded and added.
+        q, k, v = (y.reshape(len(x), self.heads, -1).swapaxes(0, 1) for y in jnp.split(h, 3, -1))
         scores = jnp.einsum("hqe,hke->hqk", q * q.shape[-1] ** -0.5, k)
         h = jnp.einsum("hqk,hke->qhe", jax.nn.softmax(scores, -1), v).reshape(x.shape)
         x = x + linear(h, p["attn.proj.weight"], p["attn.proj.bias"])
