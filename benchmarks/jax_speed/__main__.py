@@ -22,6 +22,7 @@ import dptrain.jax as dpj
 from benchmarks.record import command, save
 from dptrain import Mechanism
 from dptrain.bench.environment import Quiet, environment, version_of
+from dptrain.core.allocation import keep_freed_memory
 from dptrain.core.entropy import Key
 
 from .cases import CASES, Case
@@ -92,6 +93,7 @@ def endings(params: Any, clip_norm: float) -> dict[bool, Callable[[Any], Any]]:
 
 def measure(case: Case, methods: list[str], size: int, limit_s: float, say: Callable[[str], None]) -> dict:
     """The record."""
+    keep_freed_memory()  # as a training run does, for all alike
     params, batch = case.init(jax.random.key(0)), case.batch(size)
     mask = jnp.ones(size, bool)
     _, norms = sum_of_single_examples(case, params, batch, 1.0)

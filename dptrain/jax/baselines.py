@@ -58,26 +58,29 @@ def vectorised(rule: ClipRule) -> Callable:
         factors = factors_by_part(rule, by_part, mask, call, joined)
         part_of = rule.partition(call.names)
 
-        def together() -> tuple:
-            sums = [weighted_sum(factors[part], g) for part, g in zip(part_of, gradients)]
-            return sums, jnp.sqrt(squared), losses, aux
-
-        return unless_infinite(squared, together, call, mask, rule)
+        sums = [weighted_sum(factors[part], g) for part, g in zip(part_of, gradients)]
+        return unless_infinite((sums, jnp.sqrt(squared), losses, aux), call, mask, rule)
 
     return step
 
 
-def unless_infinite(
-    squared: Array, together: Callable[[], tuple], call: Call, mask: Array, rule: ClipRule
-) -> tuple:
-    """``together()``, or one example after another where a gradient is not finite.
+def unless_infinite(found: tuple, call: Call, mask: Array, rule: ClipRule) -> tuple:
+    """``found``, or what one example after another gives where a gradient is not finite.
+
+    Args:
+        found: sums, norms, losses, aux.
 
     Zero times NaN is NaN, so a row that is not finite would spoil whatever is summed with it. And examples
     are not separate under ``vmap`` as far as NaN goes: XLA may compute a grouped convolution, which is
     what the gradient of a kernel becomes, as a dense one with zeros, and hand it from row to row. One
     by one, an example that is not finite loses its own part and nothing else.
     """
-    return lax.cond(jnp.all(jnp.isfinite(squared)), together, lambda: looped(rule)(call, mask))
+
+    def again(_: tuple) -> tuple:
+        return jnp.array(True), *looped(rule)(call, mask)
+
+    # A loop and not a branch: what goes through a loop stays where it lies.
+    return lax.while_loop(lambda state: ~state[0], again, (jnp.all(jnp.isfinite(found[1])), *found))[1:]
 
 
 def looped(rule: ClipRule) -> Callable:

@@ -16,7 +16,7 @@ from .call import Call
 from .capture import Capture
 from .factors import factors_by_part, norm_type, whole
 from .planner import Plan
-from .program import run
+from .program import rearranged_last, run
 from .uses import accumulated
 
 
@@ -27,14 +27,16 @@ class ByUses:
         self.capture, self.plan, self.rule = capture, plan, rule
 
     def __call__(self, call: Call, mask: Array) -> tuple:
-        pure = self.capture.split.pure
+        pure, rearranged = rearranged_last(self.capture.split.pure)
         inputs = dict(zip(pure.inputs, [*call.parameters, *call.others], strict=True))
         values = run(pure, inputs.values())
 
         def some(data: list, mask: Array) -> tuple:
-            return self._clip(replace(call, data=data), inputs, values, mask)
+            # Where it is read, a transposed weight costs nothing; what enters a loop is copied to lie so.
+            return self._clip(replace(call, data=data), inputs, run(rearranged, values), mask)
 
-        return in_parts(some, call.data, mask, self.plan.rows)
+        found = in_parts(some, call.data, mask, self.plan.rows)
+        return unless_infinite(found, call, mask, self.rule)
 
     def _clip(self, call: Call, inputs: dict, values: list, mask: Array) -> tuple:
         captured = self.capture(values, call.data)
@@ -55,12 +57,9 @@ class ByUses:
                 self.plan.parts, self.capture(values, again), call.parameters, inputs, part_of
             )
 
-        def together() -> tuple:
-            sums = books.sums(factors)
-            every = [
-                sums[i] if i in sums else jnp.zeros(jnp.shape(p), accumulated(p.dtype))
-                for i, p in enumerate(call.parameters)
-            ]
-            return every, jnp.sqrt(squared), captured.losses, captured.aux
-
-        return unless_infinite(squared, together, call, mask, self.rule)
+        sums = books.sums(factors)
+        every = [
+            sums[i] if i in sums else jnp.zeros(jnp.shape(p), accumulated(p.dtype))
+            for i, p in enumerate(call.parameters)
+        ]
+        return every, jnp.sqrt(squared), captured.losses, captured.aux

@@ -151,6 +151,30 @@ def run(program: Program, values: Iterable[Any]) -> list:
     return [env[v] for v in program.outputs]
 
 
+#: what only says how a value lies
+REARRANGES = {"expand_dims", "reshape", "squeeze", "transpose"}
+
+
+def rearranged_last(program: Program) -> tuple[Program, Program]:
+    """The program in two, one after the other: the second does nothing but rearrange results of the first."""
+    last: list[Equation] = []
+    first: list[Equation] = []
+    read: set[Value] = set()
+    for equation in reversed(program.equations):
+        if equation.eqn.primitive.name in REARRANGES and read.isdisjoint(equation.outputs):
+            last.append(equation)
+        else:
+            first.append(equation)
+            read.update(equation.inputs)
+    made = {v for equation in last for v in equation.outputs}.union(program.known)
+    wanted = [*(v for equation in last for v in equation.inputs), *program.outputs]
+    between = tuple(dict.fromkeys(v for v in wanted if v not in made))
+    return (
+        Program(program.inputs, between, first[::-1], program.known),
+        Program(between, program.outputs, last[::-1], program.known),
+    )
+
+
 def behind(equations: Iterable[Equation], wanted: Iterable[Value]) -> list[Equation]:
     """The equations that ``wanted`` depends on."""
     return _needed(equations, wanted, lambda equation: False)

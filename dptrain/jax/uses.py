@@ -144,16 +144,20 @@ class Product(Rule):
         contracted = ([0, *(i + 1 for i in self.a_free)], [0, *range(first_a, first_a + n_a)])
         batch = ([i + 1 for i in self.a_batch], list(range(1, 1 + n_batch)))
         a, g = _together(a, g)
+        # Its axes: batch, a's contracted ones in the order in which they lie in a, and w's free ones.
+        lying = sorted(range(len(self.a_contracted)), key=lambda i: self.a_contracted[i])
+        of_a, of_g = [self.w_contracted[i] for i in lying], self.w_free
+        pair = [(a, contracted[0], batch[0], of_a), (g, contracted[1], batch[1], of_g)]
+        # The first operand is transposed, with all that is fused into it: the smaller one.
+        one, other = pair if a.size <= g.size else reversed(pair)
         out = lax.dot_general(
-            a,
-            g,
-            (contracted, batch),
+            one[0],
+            other[0],
+            ((one[1], other[1]), (one[2], other[2])),
             precision=EXACT,
             preferred_element_type=accumulated(g.dtype),
         )
-        # Its axes: batch, a's contracted ones in the order in which they lie in a, w's free ones.
-        lying = sorted(range(len(self.a_contracted)), key=lambda i: self.a_contracted[i])
-        axes = [*self.w_batch, *(self.w_contracted[i] for i in lying), *self.w_free]
+        axes = [*self.w_batch, *one[3], *other[3]]
         return out.transpose([axes.index(i) for i in range(len(axes))])
 
 

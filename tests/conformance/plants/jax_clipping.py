@@ -12,7 +12,7 @@ from jax import Array
 from dptrain.core import methods
 from dptrain.jax import baselines
 from dptrain.jax.accumulate import Accumulator
-from dptrain.jax.bookkeeping import Bookkeeping, Part
+from dptrain.jax.bookkeeping import Bookkeeping, Part, Term
 from dptrain.jax.call import Call
 from dptrain.jax.clipping import ClippedGrad
 from dptrain.jax.factors import sum_of_squares
@@ -40,10 +40,10 @@ def norm_without_a_layer(patch: Patch) -> None:
     """The first group of parameters that holds a matrix."""
 
     def change(true: Callable) -> Callable:
-        def squared(books: Bookkeeping, number: int, part: Part) -> Any:
+        def squared(books: Bookkeeping, number: int, part: Part) -> Term:
             matrices = [i for i, p in enumerate(books.parts) if any(v.aval.ndim > 1 for v in p.group.values)]
             found = true(books, number, part)
-            return zeros_like(found) if number == matrices[0] else found
+            return Term(jnp.zeros_like(found.squared)) if number == matrices[0] else found
 
         return squared
 
@@ -52,7 +52,7 @@ def norm_without_a_layer(patch: Patch) -> None:
 
 def norm_without_cross_terms(patch: Patch) -> None:
     def change(true: Callable) -> Callable:
-        def squared(books: Bookkeeping, number: int, part: Part) -> Any:
+        def squared(books: Bookkeeping, number: int, part: Part) -> Term:
             found = true(books, number, part)
             if len(part.uses) < 2:
                 return found
@@ -65,7 +65,7 @@ def norm_without_cross_terms(patch: Patch) -> None:
                 gradients = list({**like, use.value: gradient}.values())
                 at_leaves = books._at_the_leaves(part, books.pulls[number], gradients)
                 total = total + sum_of_squares(at_leaves, 1)
-            return total
+            return Term(total)
 
         return squared
 
@@ -74,7 +74,7 @@ def norm_without_cross_terms(patch: Patch) -> None:
 
 def nan_spreads(patch: Patch) -> None:
     for module in ("by_uses", "baselines"):
-        patch.replace(f"dptrain.jax.{module}", "unless_infinite", lambda squared, together, *rest: together())
+        patch.replace(f"dptrain.jax.{module}", "unless_infinite", lambda found, *rest: found)
 
 
 def mask_ignored(patch: Patch) -> None:
