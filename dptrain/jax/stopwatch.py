@@ -26,7 +26,7 @@ from . import versions
 #: a way may take this much of a CPU's memory for its scratch
 SHARE_OF_MEMORY = 0.5
 #: of as many runs the fastest counts: what else the machine does only adds to a time
-REPEATS = 3
+REPEATS = 5
 #: seconds after which a way is not run again
 LONG = 5.0
 
@@ -47,7 +47,12 @@ def fastest(ways: dict[str, Callable], shapes: Sequence, name: str, budget: int 
         budget: bytes of scratch memory that a way may take; the one that takes least where none fits.
     """
     memory = remembered("jax-ways", _machine())
-    found = {way: _known(memory, f"{name} {way}", function, shapes) for way, function in ways.items()}
+    found = {way: _known(memory, f"{name} {way}") for way in ways}
+    unknown = {way: ways[way] for way, known in found.items() if known is None}
+    for way, (size, seconds) in _measured(unknown, shapes).items():
+        found[way] = size, seconds
+        if math.isfinite(seconds):  # what does not fit the device today may fit it tomorrow
+            memory.known |= {f"{name} {way} bytes": size, f"{name} {way} seconds": seconds}
     memory.save()
     fitting = [way for way, (size, _) in found.items() if budget is None or size <= budget]
     if not fitting:
@@ -55,41 +60,56 @@ def fastest(ways: dict[str, Callable], shapes: Sequence, name: str, budget: int 
     return min(fitting, key=lambda way: found[way][1])
 
 
-def _known(memory: Remembered, name: str, function: Callable, shapes: Sequence) -> tuple[float, float]:
-    """Bytes and seconds, from memory where they are remembered."""
-    size, seconds = f"{name} bytes", f"{name} seconds"
-    if size not in memory.known or seconds not in memory.known:
-        measured = _measured(function, shapes)
-        if not math.isfinite(measured[1]):  # what does not fit the device today may fit it tomorrow
-            return measured
-        memory.known[size], memory.known[seconds] = measured
-    return memory.known[size], memory.known[seconds]
+def _known(memory: Remembered, name: str) -> tuple[float, float] | None:
+    """Bytes and seconds, where they are remembered."""
+    size, seconds = memory.known.get(f"{name} bytes"), memory.known.get(f"{name} seconds")
+    return None if size is None or seconds is None else (size, seconds)
 
 
-def _measured(function: Callable, shapes: Sequence) -> tuple[float, float]:
-    """Bytes of scratch memory and seconds; infinite where the device has not enough."""
-    size = float("inf")
+def _measured(ways: dict[str, Callable], shapes: Sequence) -> dict[str, tuple[float, float]]:
+    """Bytes of scratch memory and seconds; infinite where the device has not enough.
+
+    The ways take turns, so that they meet alike what else the machine does.
+    """
+    steps = {way: _unless_exhausted(_compiled, function, shapes) for way, function in ways.items()}
+    sizes = {way: _scratch(step) if step else math.inf for way, step in steps.items()}
+    running = {way: step for way, step in steps.items() if step and _fits(sizes[way])}
+    times = dict.fromkeys(ways, math.inf)
+    with jax.ensure_compile_time_eval():  # whoever asks may be tracing
+        arguments = jax.device_put(jax.tree.map(_random, shapes)) if running else []
+    for turn in range(1 + REPEATS):
+        for way, step in list(running.items()):
+            seconds = _unless_exhausted(_seconds, step, arguments) or math.inf
+            if turn or seconds > LONG:
+                times[way] = min(times[way], seconds)
+            if seconds > LONG:
+                del running[way]
+    return {way: (sizes[way], times[way]) for way in ways}
+
+
+def _compiled(function: Callable, shapes: Sequence) -> Any:
+    return jax.jit(function).lower(*shapes).compile()
+
+
+def _scratch(step: Any) -> float:
+    analysis = step.memory_analysis()
+    return float(analysis.temp_size_in_bytes if analysis is not None else 0)
+
+
+def _seconds(step: Any, arguments: Sequence) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(step(*arguments))
+    return time.perf_counter() - start
+
+
+def _unless_exhausted(function: Callable, *args: Any) -> Any:
+    """Its result, or None where the device has not enough memory."""
     try:
-        step = jax.jit(function).lower(*shapes).compile()
-        analysis = step.memory_analysis()
-        size = float(analysis.temp_size_in_bytes if analysis is not None else 0)
-        return size, _seconds(step, shapes) if _fits(size) else float("inf")
+        return function(*args)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return size, float("inf")
-
-
-def _seconds(step: Any, shapes: Sequence) -> float:
-    arguments = jax.tree.map(_random, shapes)
-    times: list[float] = []
-    for _ in range(1 + REPEATS):
-        start = time.perf_counter()
-        jax.block_until_ready(step(*arguments))
-        times.append(time.perf_counter() - start)
-        if times[-1] > LONG:
-            break
-    return min(times[1:] or times)
+        return None
 
 
 def _random(shape: jax.ShapeDtypeStruct) -> Any:

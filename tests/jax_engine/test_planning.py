@@ -40,9 +40,9 @@ def test_takes_the_fastest_way_and_remembers_it(measured, monkeypatch, way):
     loss, params, batch = wide(3, 5, 6)
     tried = []
 
-    def pretend(function, shapes):
-        tried.append(function)
-        return 1000.0, 1.0 if len(tried) - 1 == ["whole", "loop", "rows 2"].index(way) else 2.0
+    def pretend(ways, shapes):
+        tried.extend(ways)
+        return {name: (1000.0, 1.0 if name == way else 2.0) for name in ways}
 
     monkeypatch.setattr(stopwatch, "_measured", pretend)
     monkeypatch.setattr("dptrain.jax.clipping.parts_to_try", lambda size: [2])
@@ -70,8 +70,8 @@ def test_measures_on_stand_ins_of_every_type(measured):
 
 
 def test_within_a_budget(measured, monkeypatch):
-    sizes = iter([(900.0, 1.0), (100.0, 3.0), (300.0, 2.0)])
-    monkeypatch.setattr(stopwatch, "_measured", lambda function, shapes: next(sizes))
+    sizes = {"whole": (900.0, 1.0), "loop": (100.0, 3.0), "rows 2": (300.0, 2.0)}
+    monkeypatch.setattr(stopwatch, "_measured", lambda ways, shapes: {way: sizes[way] for way in ways})
     monkeypatch.setattr("dptrain.jax.clipping.parts_to_try", lambda size: [2])
     loss, params, batch = wide(3, 5, 6)
 
@@ -86,15 +86,35 @@ def test_what_does_not_fit_the_device_is_not_chosen(measured, monkeypatch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
     monkeypatch.setattr(stopwatch, "_seconds", exhausted)
-    _, seconds = stopwatch._measured(lambda x: x + 1, [jax.ShapeDtypeStruct((3,), jnp.float32)])
-    assert seconds == float("inf")
+    ways, shapes = {"whole": lambda x: x + 1}, [jax.ShapeDtypeStruct((3,), jnp.float32)]
+    assert stopwatch._measured(ways, shapes)["whole"][1] == float("inf")
 
     def broken(step, shapes):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
     monkeypatch.setattr(stopwatch, "_seconds", broken)
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        stopwatch._measured(lambda x: x + 1, [jax.ShapeDtypeStruct((3,), jnp.float32)])
+        stopwatch._measured(ways, shapes)
+
+
+def test_ways_take_turns(measured, monkeypatch):
+    """What is slow for a while is so for all of them, and nobody is chosen by chance."""
+    slow = {"one": [9, 1, 9, 9, 9, 9], "other": [9, 9, 9, 2, 9, 9], "long": [99]}
+    asked = []
+
+    def seconds(step, arguments):
+        name = ["one", "other", "long"][int(step(*arguments))]
+        asked.append(name)
+        return float(slow[name].pop(0))
+
+    monkeypatch.setattr(stopwatch, "_seconds", seconds)
+    monkeypatch.setattr(stopwatch, "LONG", 10)
+    shapes = [jax.ShapeDtypeStruct((), jnp.int32)]
+    ways = {"one": lambda x: x, "other": lambda x: x + 1, "long": lambda x: x + 2}
+    assert {way: s for way, (_, s) in stopwatch._measured(ways, shapes).items()} == {
+        "one": 1, "other": 2, "long": 99,
+    }  # fmt: skip
+    assert asked == ["one", "other", "long"] + ["one", "other"] * stopwatch.REPEATS
 
 
 def test_a_loss_over_values_of_an_outer_function(measured):
