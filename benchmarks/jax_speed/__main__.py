@@ -1,12 +1,14 @@
 """One case: compile, check and time all contestants in one process, and make a record of it.
 
-All take turns. A contestant's time is that of a physical step plus a sixteenth of the end of a logical one
-(the optimizer, and the noise of the private ones), and its ratio is the best non-private time over its own.
+All take turns, in a new order each time: a step is slower after some than after others. A contestant's time
+is that of a physical step plus a sixteenth of the end of a logical one (the optimizer, and the noise of the
+private ones), and its ratio is the best non-private time over its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -129,10 +131,9 @@ def measure(case: Case, methods: list[str], size: int, limit_s: float, say: Call
         jax.block_until_ready(ends[name not in ORDINARY](total))
         results[name] = result
     with Quiet() as quiet:
-        started, rounds = time.perf_counter(), 0
+        started, rounds, order = time.perf_counter(), 0, random.Random(0)
         while rounds < LEAST_ROUNDS or time.perf_counter() - started < limit_s:
-            names = list(steps)
-            for name in names[rounds % len(names) :] + names[: rounds % len(names)]:
+            for name in order.sample(list(steps), len(steps)):
                 before = time.perf_counter()
                 total = jax.block_until_ready(steps[name](params, batch, mask))
                 between = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -45,20 +46,24 @@ def race(
     """Rounds, until the ratios are known to `PRECISE` or the time is up.
 
     In a round each contestant takes the first physical step of a logical one, then a later one, which
-    also accumulates, then the end. Who goes first changes from round to round.
+    also accumulates, then the end: each time in a new order, for a step is slower after some than after
+    others, by what they leave in the caches.
 
     agreed: of several processes that race side by side: whether all stop, by what one of them thinks.
     """
     started, rounds = time.perf_counter(), 0
+    chance = random.Random(0)  # the same in all processes
+
+    def in_some_order() -> list[Contestant]:
+        return chance.sample(contestants, len(contestants))
+
     while True:
         gc.collect()
-        turn = rounds % len(contestants)
-        order = [*contestants[turn:], *contestants[:turn]]
-        for c in order:
+        for c in in_some_order():
             c.first_s.append(seconds(c.step))
-        for c in order:
+        for c in in_some_order():
             c.later_s.append(seconds(c.step))
-        for c in order:
+        for c in in_some_order():
             c.end_s.append(seconds(c.end) - c.later_s[-1] * c.ends_with_a_step)
         rounds += 1
         elapsed = time.perf_counter() - started
