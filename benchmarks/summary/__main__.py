@@ -111,6 +111,7 @@ def main() -> None:
         "findings": finding_rows(ROOT / "results" / "reproduced-small"),
         "benched": tables.benched(found),
         "speed in jax": tables.speed_in_jax(found),
+        "compilations in jax": tables.compilations_in_jax(found),
         "engines": tables.engines(found),
         "memory": tables.memory(found),
         "memory on a GPU": tables.memory(found, "cuda"),

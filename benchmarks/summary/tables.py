@@ -146,6 +146,22 @@ def speed_in_jax(found: dict[str, Record], device: str = "cpu") -> Rows:
     return table(head, rows)
 
 
+def compilations_in_jax(found: dict[str, Record]) -> Rows:
+    """One row per loop over Poisson batches."""
+    rows = []
+    for name, record in of_kind(found, "compilations in JAX").items():
+        for loop, r in record["loops"].items():
+            cells = [
+                loop,
+                f"**{r['compilations']}**",
+                f"{r['compiling_s']:.1f} s",
+                f"{r['elapsed_s']:.1f} s",
+                f"`results/{name}`",
+            ]
+            rows.append(f"| {' | '.join(cells)} |")
+    return table("loop | compilations of its step | compiling | in all | record", rows)
+
+
 def measured(found: dict[str, Record], measure: str) -> dict[str, Record]:
     """Records of ``dptrain bench`` that went well, those of reproductions apart."""
     return {
