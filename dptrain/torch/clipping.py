@@ -23,7 +23,7 @@ from dptrain.core.methods import Method
 from . import baselines, on_grid
 from .batch import clip_batch, replace_rows
 from .clipped_sum import ClippedSum
-from .compile import Compiler
+from .compile import Compiler, Eager
 from .errors import Changed, Misfit, Refused, Unforeseen
 from .fsdp import Sharding, fsdp_modules
 from .guards import check_batch, check_callables, check_model, listed, trainable
@@ -38,6 +38,7 @@ from .uses.base import widen
 from .workspace import Workspace
 
 LossFn = Callable[[nn.Module, Any], Tensor]
+Change = Callable[[Any], Any]
 #: routes that can be asked for
 ROUTES = ("materialise+reuse", "materialise+contract", "gram+contract")
 
@@ -204,7 +205,10 @@ class ClippedGrad:
         if self.method.capture in (methods.Capture.USES, methods.Capture.PLANNED):
             return self._clip(parameters, batch, safe, mask, batch_size, into, last)
         key = signature(self.model, parameters, batch)
-        eager = lambda to: self._baseline(parameters, safe(), mask, to)  # noqa: E731
+
+        def eager(to: ClippedSum | None, change: Change | None = None) -> ClippedSum:
+            return self._baseline(parameters, change(safe()) if change else safe(), mask, to)
+
         return self._compiled(into, eager, key, None, parameters, batch, mask)
 
     def _on_shards(self, batch: Any, mask: Tensor | None, batch_size: int, into) -> ClippedSum:
@@ -214,9 +218,7 @@ class ClippedGrad:
             self._sharded = ShardedGrad(self)
         return self._sharded(batch, mask, batch_size, into)
 
-    def _compiled(
-        self, into: ClippedSum | None, eager: Callable[[ClippedSum | None], ClippedSum], *step: Any
-    ) -> ClippedSum:
+    def _compiled(self, into: ClippedSum | None, eager: Eager, *step: Any) -> ClippedSum:
         """By the graph for a step (the first arguments of ``Compiler.clip``), if there is one to be had."""
         if self.compiler is None:
             return eager(into)
@@ -272,8 +274,11 @@ class ClippedGrad:
             if plan.parts > 1:
                 return self._in_parts(plan.part_size, batch, mask, batch_size, into, last)
 
-            def eager(to: ClippedSum | None, plan: Plan = plan) -> ClippedSum:
-                return clip_batch(self, plan, parameters, safe(), mask, batch_size, to, self._workspace, last)
+            def eager(to: ClippedSum | None, change: Change | None = None, plan: Plan = plan) -> ClippedSum:
+                examples = change(safe()) if change else safe()
+                return clip_batch(
+                    self, plan, parameters, examples, mask, batch_size, to, self._workspace, last
+                )
 
             try:
                 return self._compiled(into, eager, key, plan, parameters, batch, mask)

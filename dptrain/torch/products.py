@@ -70,11 +70,16 @@ def each(rows: Tensor, cols: Tensor, out: Tensor | None = None) -> Tensor:
     turned = 0 if rows.stride(1) == 1 else positions * height
     otherwise = ((0 if cols.stride(1) == 1 else positions) + height) * width
     swapped, turned = otherwise < turned, min(turned, otherwise)
-    size = positions * height * width
-    traced = type(rows) is FakeTensor  # into a graph, to which a product for each example adds too much
-    if traced or size < max(WORTHWHILE, PAYS * turned) or not _suits(rows, cols):
+    if positions * height * width < max(WORTHWHILE, PAYS * turned) or not _suits(rows, cols):
         return torch.bmm(rows.mT, cols, out=out)
-    out = rows.new_empty(len(rows), height, width) if out is None else out
+    if type(rows) is FakeTensor:
+        found = torch.ops.dptrain.onednn_each(rows, cols, swapped)
+        return found if out is None else out.copy_(found)
+    return _each_by_onednn(rows, cols, swapped, out)
+
+
+def _each_by_onednn(rows: Tensor, cols: Tensor, swapped: bool, out: Tensor | None = None) -> Tensor:
+    out = rows.new_empty(len(rows), rows.shape[2], cols.shape[2]) if out is None else out
     for left, right, place in zip(rows.mT, cols.mT, out):
         place.copy_(by_onednn(right, left).mT if swapped else by_onednn(left, right))
     return out
@@ -100,15 +105,29 @@ def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-_SCHEMA = "(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
+# What stands for products in a graph: Inductor takes oneDNN's own operator for constant weights only, and a
+# call for each example would make graphs long.
 
 
-@torch.library.custom_op("dptrain::onednn_linear", mutates_args=(), schema=_SCHEMA)
-def _traced(x, weight, bias):
-    """What stands for a product in a graph, as Inductor takes oneDNN's own operator for constant weights."""
+@torch.library.custom_op(
+    "dptrain::onednn_linear", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
+)
+def _linear_in_graphs(x, weight, bias):
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-@_traced.register_fake
+@_linear_in_graphs.register_fake
 def _(x, weight, bias):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.custom_op(
+    "dptrain::onednn_each", mutates_args=(), schema="(Tensor rows, Tensor cols, bool swapped) -> Tensor"
+)
+def _each_in_graphs(rows, cols, swapped):
+    return _each_by_onednn(rows, cols, swapped)
+
+
+@_each_in_graphs.register_fake
+def _(rows, cols, swapped):
+    return rows.new_empty(len(rows), rows.shape[2], cols.shape[2])

@@ -19,6 +19,7 @@ from torch import Tensor
 from dptrain.core.clip_rules import ClipRule
 from dptrain.core.clipping_error import BLOCK
 
+from . import products
 from .bookkeeping import Bookkeeping
 from .capture import Capture, Use, ignore
 from .guards import backward, check_losses
@@ -193,25 +194,28 @@ class BranchFree(Bookkeeping):
             self.gradients[use.index] = gradient
 
     def _example_gradients(self, use, fact, a, g, name) -> Tensor:
-        rule, layout = use.rule, fact.layout
-        if isinstance(rule, Convolution) and rule.kernel == rule.stride and not rule.transposed:
-            # patches that do not overlap are no larger than the image
-            rows, cols = rule.factors(a, g, layout, self.batch_size)
-            return (rows.mT @ cols).reshape(self.batch_size, *use.value.shape)
-        if not isinstance(rule, Linear):
+        rule = use.rule
+        # patches that do not overlap are no larger than the image
+        disjoint = isinstance(rule, Convolution) and rule.kernel == rule.stride and not rule.transposed
+        if not (disjoint or isinstance(rule, Linear)):
             return super()._example_gradients(use, fact, a, g, name)
+        factors = rule.factors(a, g, fact.layout, self.batch_size)
+        groups = factors.rows.shape[1]
+        rows, cols = (t.flatten(0, 1) for t in factors)  # groups as if they were examples
         # A product is faster whose longer side is the contiguous one: its transpose, if need be.
-        rows, cols = (t.squeeze(1) for t in rule.factors(a, g, layout, self.batch_size))
-        if rows.shape[-1] > cols.shape[-1]:
-            return torch.bmm(cols.mT, rows).mT
-        return torch.bmm(rows.mT, cols)
+        if groups == 1 and rows.shape[-1] > cols.shape[-1]:
+            gradients = products.each(cols, rows).mT
+        else:
+            gradients = products.each(rows, cols)
+        return gradients.reshape(self.batch_size, *use.value.shape)
 
     def _weigh(self, gradient: Tensor, part: int, into: Tensor | None = None) -> Tensor:
         # A reduction reads it once, in the order of memory; a product with a vector is a call for each.
-        weights = self.factors[part].to(gradient.dtype).reshape(-1, *[1] * (gradient.dim() - 1))
+        weights = self.factors[part].to(gradient.dtype)
         if _is_transposed(gradient):
-            return (gradient.mT * weights).sum(0).mT
-        return (gradient * weights).sum(0)
+            total = (gradient.flatten(2).mT * weights[:, None, None]).sum(0).mT
+            return total.reshape(gradient.shape[1:])
+        return (gradient * weights.reshape(-1, *[1] * (gradient.dim() - 1))).sum(0)
 
 
 class NoMemory(Workspace):
@@ -222,13 +226,14 @@ class NoMemory(Workspace):
 
 
 def _is_transposed(gradients: Tensor) -> bool:
-    return gradients.dim() == 3 and not gradients.is_contiguous() and gradients.mT.is_contiguous()
+    """Whether gradients ``[B, R, ...]`` are the transposes of matrices ``[B, C, R]``."""
+    return gradients.dim() > 2 and not gradients.is_contiguous() and gradients.flatten(2).mT.is_contiguous()
 
 
 def _squared_norm(gradients: Tensor) -> Tensor:
     """``squared_norm`` of ``[B, ...]`` in blocks that divide it, which one pass over memory reads."""
     if _is_transposed(gradients):
-        gradients = gradients.mT
+        gradients = gradients.flatten(2).mT
     flat = widen(gradients).reshape(gradients.shape[0], -1)
     block = next(b for b in range(min(BLOCK, flat.shape[1]), 0, -1) if flat.shape[1] % b == 0)
     if flat.shape[1] > BLOCK and block < BLOCK // 16:

@@ -274,6 +274,45 @@ def test_a_graph_that_disagrees_with_the_eager_engine_is_not_used(monkeypatch):
         assert oracle.relative_error(out.grads, want) < 1e-9
 
 
+@pytest.mark.parametrize("right", [True, False])
+def test_models_that_amplify_rounding_are_rehearsed_to_what_rounding_does(monkeypatch, right):
+    """Where rounding an example once more moves gradients by 1 %, so may a graph, but not by 20 %."""
+
+    def rounded(graph, inputs):
+        once = 1 + torch.finfo(torch.float32).eps
+        return lambda *tensors: graph(*[t * once if t.is_floating_point() else t for t in tensors])
+
+    def wrong(graph, inputs):
+        return lambda *tensors: [t * 1.2 if t.is_floating_point() else t for t in graph(*tensors)]
+
+    monkeypatch.setattr(compiling, "by_inductor", rounded if right else wrong)
+    torch.manual_seed(0)
+    model = nn.Linear(6, 3)
+    x = 1 + 1e-5 * torch.randn(4, 6)
+    loss = lambda model, x: model((x - 1) * 1e5).square().sum(1)  # noqa: E731
+    clipped = dpt.clipped_grad(model, loss, clip_norm=100.0, compile=True)
+    state = torch.get_rng_state()
+    if right:
+        found = seen(clipped, x)
+        truth = dpt.clipped_grad(model, loss, clip_norm=100.0)(x)
+        assert compiling.difference(found, truth, 4)  # more than a model that does not amplify may
+    else:
+        with pytest.warns(UserWarning, match="by the compiled step differ"):
+            clipped(x)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_norms_that_nobody_can_tell_apart_are_not_taken_for_close():
+    """A comparison with NaN is false: what rounding does must not be unknown."""
+    one, none = (
+        dpt.ClippedSum({"w": torch.ones(2)}, torch.tensor([n]), torch.ones(1), 1.0) for n in (1.0, torch.nan)
+    )
+    two = dpt.ClippedSum({"w": torch.ones(2)}, torch.tensor([2.0]), torch.ones(1), 1.0)
+    assert compiling.difference(two, one, 1, (one, none)) == "the norms"
+    assert compiling.difference(none, one, 1) == "the norms"
+    assert not compiling.difference(none, none, 1)
+
+
 def test_a_doubtful_gram_norm_is_left_to_the_eager_engine(as_traced):
     """Rows that cancel: the Gram norm's error bound exceeds 1 %, and the gradient is materialised."""
     torch.manual_seed(0)

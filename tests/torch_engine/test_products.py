@@ -8,6 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import dptrain.torch as dpt
+from dptrain.torch import compile as compiling
 from dptrain.torch import products
 
 pytestmark = pytest.mark.skipif(
@@ -158,3 +159,24 @@ def test_ordinary_training_with_the_same_products(calls):
         loss = torch.addmm(bias, x[0], weight).square().sum()
     for found, expected in zip(torch.autograd.grad(loss, [bias, weight]), want):
         torch.testing.assert_close(found, expected)
+
+
+def test_graphs_hold_one_call_for_the_gradients_of_all_examples(calls, monkeypatch):
+    torch.manual_seed(0)
+    graphs = []
+    monkeypatch.setattr(compiling, "by_inductor", lambda graph, inputs: graphs.append(graph) or graph)
+    wide, narrow, patches = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 6, 2, 2, groups=2)
+    model = nn.Sequential(wide, nn.ReLU(), narrow, patches, nn.Flatten(2), nn.Linear(16, 5), nn.Linear(5, 7))
+    images = torch.randn(6, 3, 8, 8)
+    loss_fn = lambda model, x: model(x).square().mean((1, 2))  # noqa: E731
+    compiled = dpt.clipped_grad(model, loss_fn, clip_norm=0.01, method="per-example", compile=True)
+    compiled(images)
+    fast = compiled(images)
+    (graph,) = graphs
+    assert sum(node.target is torch.ops.dptrain.onednn_each.default for node in graph.graph.nodes) == 5
+    exact = dpt.clipped_grad(model.double(), loss_fn, clip_norm=0.01, method="per-example-loop")(
+        images.double()
+    )
+    torch.testing.assert_close(fast.norms.double(), exact.norms, rtol=1e-4, atol=0)
+    for name, sum_ in fast.grads.items():
+        torch.testing.assert_close(sum_.double(), exact.grads[name], rtol=1e-3, atol=1e-6)
