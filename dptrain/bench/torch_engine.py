@@ -31,7 +31,7 @@ def baselines(task: Task) -> dict[str, Callable[[], Contestant]]:
         names.append("kept, channels last")
     if task.case.compile:
         names += [f"{name}, compiled" for name in names if name.startswith("kept")]
-        names += ["kept, compiled, layouts as here"] * is_convolutional(task)
+        names += ["kept, compiled, layouts as given"] * is_convolutional(task)
         names += ["kept, graphs"] * task.case.device.startswith("cuda")
     elif task.case.device == "cpu" and task.case.precision == "fp32" and products.onednn_is_faster():
         names += [f"{name}, products as here" for name in names if name.startswith("kept")]
@@ -54,9 +54,9 @@ def non_private(task: Task, variant: str) -> Contestant:
     """Ordinary training: ``kept``, whose ``.grad`` buffers stay, or ``fresh``, whose are made anew.
 
     Either accumulates over the physical batches of a logical one and divides by its size once.
-    ``compiled`` is torch.compile, ``graphs`` the same with CUDA graphs; ``layouts as here`` keeps it from
-    laying images out with channels last, as dptrain does, and ``products as here`` has its matrix products
-    done as dptrain does its own.
+    ``compiled`` is torch.compile, ``graphs`` the same with CUDA graphs; ``layouts as given`` keeps it from
+    laying images out with channels last, and ``products as here`` has its matrix products done as dptrain
+    does its own.
     """
     if "channels last" in variant:
         task = Task(replace(task.case, channels_last=True))
@@ -69,7 +69,7 @@ def non_private(task: Task, variant: str) -> Contestant:
     run = total_loss
     if "compiled" in variant or "graphs" in variant:
         mode = "reduce-overhead" if "graphs" in variant else None
-        options = {"layout_optimization": False} if "layouts as here" in variant else None
+        options = {"layout_optimization": False} if "layouts as given" in variant else None
         run = torch.compile(total_loss, dynamic=False, mode=mode, options=options)
     kept = variant.startswith("kept")
     how = SameProducts() if "products as here" in variant else contextlib.nullcontext()

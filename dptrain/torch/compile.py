@@ -31,14 +31,14 @@ from .guards import listed
 from .planner import Plan
 from .stand_ins import isolated_randomness
 from .traced import Inputs, Untraceable, ordinary_step, private_step
+from .uses.base import is_channels_last
 
 #: graphs for one input signature: Python state may change now and then, but not in every step
 MOST_GRAPHS = 3
 #: input signatures that are compiled
 MOST_SIGNATURES = 8
-#: Random numbers are drawn as the eager engine draws them, so that the two can be compared. Memory is laid
-#: out as the model has it: plans were made for that, and channels last are not always faster.
-OPTIONS: dict[str, Any] = {"fallback_random": True, "layout_optimization": False}
+#: random numbers are drawn as the eager engine draws them, so that the two can be compared
+OPTIONS: dict[str, Any] = {"fallback_random": True}
 
 #: relative differences of norms and sums that rounding explains
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -252,7 +252,18 @@ class Graph:
 
 def by_inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
     """A graph of aten operations, compiled for inputs like these."""
-    return torch._inductor.compile(graph, inputs, options=OPTIONS)
+    # On a CPU Inductor would lay all images out with channels last, which is not always faster.
+    on_cpu = all(t.device.type == "cpu" for t in inputs)
+    layouts = {} if not on_cpu or channels_lie_last(graph) else {"layout_optimization": False}
+    return torch._inductor.compile(graph, inputs, options=OPTIONS | layouts)
+
+
+def channels_lie_last(graph: torch.fx.GraphModule) -> bool:
+    """Whether most of what is convolved lies so, as the model computes it."""
+    nodes = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.convolution.default)
+    images = [node.args[0].meta["val"] for node in nodes]
+    last = sum(x.numel() for x in images if is_channels_last(x))
+    return 2 * last > sum(x.numel() for x in images)
 
 
 def difference(

@@ -302,6 +302,21 @@ def test_models_that_amplify_rounding_are_rehearsed_to_what_rounding_does(monkey
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("last", [True, False])
+def test_images_lie_as_the_model_lays_them(monkeypatch, last):
+    asked = []
+    monkeypatch.setattr(
+        torch._inductor, "compile", lambda graph, inputs, options: asked.append(options) or graph
+    )
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten())
+    x = torch.randn(4, 3, 8, 8)
+    if last:
+        model, x = (t.to(memory_format=torch.channels_last) for t in (model, x))
+    loss = lambda model, x: model(x).square().sum(1)  # noqa: E731
+    seen(dpt.clipped_grad(model, loss, clip_norm=C, compile=True), x)
+    assert [options.get("layout_optimization", True) for options in asked] == [last]
+
+
 def test_norms_that_nobody_can_tell_apart_are_not_taken_for_close():
     """A comparison with NaN is false: what rounding does must not be unknown."""
     one, none = (
