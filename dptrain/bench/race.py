@@ -14,6 +14,8 @@ from dptrain.bench.contestant import Contestant
 
 #: rounds that are run whatever the time
 LEAST_ROUNDS = 5
+#: baselines that are so much slower than the best of them after these do not go on
+HOPELESS = 1.15
 #: what the ratio is to be known to, when there is time
 PRECISE = 0.005
 RESAMPLES = 2000
@@ -47,7 +49,7 @@ def race(
 
     In a round each contestant takes the first physical step of a logical one, then a later one, which
     also accumulates, then the end: each time in a new order, for a step is slower after some than after
-    others, by what they leave in the caches.
+    others, by what they leave in the caches. Baselines that cannot be the best leave after `LEAST_ROUNDS`.
 
     agreed: of several processes that race side by side: whether all stop, by what one of them thinks.
     """
@@ -69,6 +71,11 @@ def race(
         elapsed = time.perf_counter() - started
         if rounds < LEAST_ROUNDS:
             continue
+        if rounds == LEAST_ROUNDS:
+            slow = HOPELESS * logical_s(best(contestants, accumulate), accumulate)
+            contestants = [
+                c for c in contestants if c.role == "case" or agreed(logical_s(c, accumulate) < slow)
+            ]
         late = elapsed * (rounds + 1) / rounds > limit_s
         if agreed(late or _uncertainty(contestants, accumulate) < PRECISE):
             return
