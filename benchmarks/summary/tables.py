@@ -205,7 +205,7 @@ def benched(found: dict[str, Record]) -> Rows:
             f"{step(own[1])}, {own[0]}",
             f"**{speed_beside_pytorch(record):.2f}**",
             "–" if same is None else step(same[1]),
-            "–" if same is None else f"{r['ratio_to_non_private']:.2f} ({low:.2f} to {high:.2f})",
+            f"{r['ratio_to_non_private']:.2f} ({low:.2f} to {high:.2f})",
             f"{r['exactness']['verdict']}{'' if error is None else f', {error:.0e}'}",
             f"`results/{name}`",
         ]

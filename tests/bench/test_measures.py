@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dptrain.bench import Case, Records, torch_engine
+from dptrain.bench import race as racing
 from dptrain.bench import run as runs
 from dptrain.bench.contestant import Contestant
 from dptrain.bench.measures.accuracy import interval95 as interval_of_mean
@@ -325,3 +326,20 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path):
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Interrupted" in err and "1 records" in out
     assert [path.name for path in (tmp_path / "records").iterdir()] == [next(tmp_path.glob("records/*")).name]
+
+
+def test_baselines_that_cannot_be_the_best_leave_the_race(monkeypatch):
+    monkeypatch.setattr(racing, "seconds", lambda run: run())
+    monkeypatch.setattr(racing, "PRECISE", -1.0)  # until the time is up
+    monkeypatch.setattr(racing.gc, "collect", int)
+
+    def contestant(role: str, much: float) -> Contestant:
+        return Contestant(role, role, lambda: much, lambda: much)
+
+    own, fast, near, slow = (
+        contestant(*each) for each in [("case", 9.0), ("baseline", 1.0), ("baseline", 1.1), ("baseline", 1.2)]
+    )
+    race([own, fast, near, slow], 2, 0.1)
+    assert len(slow.first_s) == len(slow.end_s) == racing.LEAST_ROUNDS
+    assert len(own.first_s) == len(fast.first_s) == len(near.later_s) > racing.LEAST_ROUNDS
+    assert best([own, fast, near, slow], 2) is fast
