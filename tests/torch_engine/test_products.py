@@ -180,3 +180,10 @@ def test_graphs_hold_one_call_for_the_gradients_of_all_examples(calls, monkeypat
     torch.testing.assert_close(fast.norms.double(), exact.norms, rtol=1e-4, atol=0)
     for name, sum_ in fast.grads.items():
         torch.testing.assert_close(sum_.double(), exact.grads[name], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_the_operator_for_all_examples(swapped):
+    rows, cols = laid((5, 7, 12), "contiguous"), laid((5, 7, 9), "transposed")
+    found = torch.ops.dptrain.onednn_each(rows, cols, swapped)
+    torch.testing.assert_close(found.double(), rows.double().mT @ cols.double(), rtol=1e-5, atol=1e-5)
